@@ -1,0 +1,50 @@
+# Two commands do everything: `make demo` and `make test`. Each makes the environment it needs.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# The CPU build of torch must be there before vLLM, whose dependencies would bring a CUDA build.
+TORCH ?= torch==2.13.0+cpu
+
+export VLLM_CPU_KVCACHE_SPACE ?= 1
+export HF_HUB_OFFLINE ?= 1
+export VLLM_NO_USAGE_STATS ?= 1
+export VLLM_LOGGING_LEVEL ?= WARNING
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-full lint bench-quick clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(READY) ## make the virtual environment
+
+$(READY): pyproject.toml
+	@echo "[1/4] virtual environment in $(VENV)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+	@echo "[2/4] $(TORCH)"
+	@$(BIN)/python -m pip install --progress-bar on $(TORCH)
+	@echo "[3/4] deltamem-vllm with vLLM for CPU (some 2 GB, a few minutes)"
+	@$(BIN)/python -m pip install --progress-bar on --editable '.[cpu,dev]'
+	@echo "[4/4] removing CUDA builds that do not import beside a CPU torch"
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone
+	@$(BIN)/deltamem demo
+
+test: lint ## lint, types and all tests but the long sweeps (2 cores, no GPU)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-full: lint ## every test
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

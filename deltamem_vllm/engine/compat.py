@@ -1,0 +1,130 @@
+"""Every name of vLLM that is not a documented plugin point and that we touch, in one place.
+
+The rest of the package imports these names from here, so that a new vLLM version is one file to
+check. `patches/` says for each why it is touched and what upstream change would make it
+unnecessary; `tests/engine/test_compat.py` checks that each still exists with the shape we rely on.
+"""
+
+import os
+
+import vllm
+from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
+from vllm.config.kv_transfer import KVTransferConfig
+from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    SupportsHMA,
+)
+from vllm.distributed.parallel_state import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.request import Request
+
+from deltamem_vllm.errors import EngineConfigError
+
+SUPPORTED_VERSIONS = ("0.32", "0.33")
+"""Minor versions of vLLM whose names were compared with what this module imports."""
+
+UNTESTED_VERSION_VARIABLE = "DELTAMEM_ALLOW_UNTESTED_VLLM"
+
+
+def check_version(version: str = vllm.__version__) -> None:
+    """Refuse a vLLM that this package was never compared with.
+
+    Raises:
+        EngineConfigError: unless the environment variable above is set to 1.
+    """
+    if version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VERSIONS)):
+        return
+    if os.environ.get(UNTESTED_VERSION_VARIABLE) == "1":
+        return
+    raise EngineConfigError(
+        f"deltamem-vllm supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, but {version} is "
+        f"installed. Install a supported version, or set {UNTESTED_VERSION_VARIABLE}=1 to try."
+    )
+
+
+def add_splitting_op(op_name: str) -> None:
+    """Make piecewise CUDA graphs split at `op_name` ("namespace::name"), as they do at attention.
+
+    vLLM copies `CompilationConfig._attention_ops` into `splitting_ops` when it builds its config,
+    after plugins have loaded.
+    """
+    if op_name not in CompilationConfig._attention_ops:
+        CompilationConfig._attention_ops.append(op_name)
+
+
+def add_config_hook(architecture: str, hook: type[VerifyAndUpdateConfig]) -> None:
+    """Have `hook` check and adjust vLLM's configuration when `architecture` is served."""
+    MODELS_CONFIG_MAP[architecture] = hook
+
+
+def extend_cache_salt(request: Request, salt: str) -> None:
+    """Make `request` share prefix-cache blocks only with requests of the same `salt`.
+
+    The block hashes were computed when the request was made, so they are computed anew. Must run
+    before the scheduler looks the request up in the prefix cache.
+    """
+    request.cache_salt = f"{request.cache_salt or ''}|{salt}"
+    request.block_hashes.clear()
+    request.update_block_hashes()
+
+
+def kv_connector_of(vllm_config: VllmConfig) -> str | None:
+    """Name of the configured KV connector, None without one."""
+    config = vllm_config.kv_transfer_config
+    return None if config is None else config.kv_connector
+
+
+__all__ = [
+    "AttentionBackend",
+    "AttentionLayerBase",
+    "AttentionMetadata",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "CommonAttentionMetadata",
+    "FullAttentionSpec",
+    "InprocClient",
+    "KVConnectorBase_V1",
+    "KVConnectorMetadata",
+    "KVConnectorRole",
+    "KVTransferConfig",
+    "MultipleOf",
+    "Request",
+    "SchedulerOutput",
+    "SlidingWindowSpec",
+    "SupportsHMA",
+    "VerifyAndUpdateConfig",
+    "VllmConfig",
+    "add_config_hook",
+    "add_splitting_op",
+    "check_version",
+    "direct_register_custom_op",
+    "extend_cache_salt",
+    "extract_layer_index",
+    "get_current_vllm_config",
+    "get_dtype_size",
+    "get_forward_context",
+    "get_kv_transfer_group",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "kv_connector_of",
+]

@@ -1,0 +1,233 @@
+"""Puts a session's state into its first page and takes the final state out of its last.
+
+Scheduler side: reads each request's `MemoryArgs`, salts its prefix-cache hashes so that no other
+memory can hit its blocks, and says which pages to fill or to copy in each step. Worker side: fills
+and copies them, always before the step's forward. No I/O happens here; states arrive inside the
+request, and leave through `take_states`, a worker call of the frontend.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from vllm.logger import init_logger
+
+from deltamem_vllm.engine.compat import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    Request,
+    SchedulerOutput,
+    SupportsHMA,
+    VllmConfig,
+    extend_cache_salt,
+)
+from deltamem_vllm.engine.memory_layer import MemoryLayer
+from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
+from deltamem_vllm.engine.settings import adapter_of
+from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.ops import READ_FROM, WRITE_FROM
+
+logger = init_logger(f"vllm.{__name__}")
+
+EPHEMERAL = MemoryArgs()
+"""A request that says nothing: an empty memory that is read and written and then dropped."""
+
+
+@dataclass(frozen=True)
+class PageLoad:
+    """Fill `block`, a request's first, before its first token."""
+
+    block: int
+    args: MemoryArgs
+
+
+@dataclass(frozen=True)
+class PageSave:
+    """Keep the state after `num_tokens` tokens, which lies in `block`, under `ticket`."""
+
+    request_id: str
+    ticket: str
+    block: int
+    num_tokens: int
+
+
+@dataclass
+class MemoryConnectorMetadata(KVConnectorMetadata):
+    """One step's page traffic. Saves come first: a freed block may be filled in the same step."""
+
+    saves: list[PageSave] = field(default_factory=list)
+    loads: list[PageLoad] = field(default_factory=list)
+
+
+class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
+    """vLLM's KV connector of this package; name it in `--kv-transfer-config`."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self.adapter = adapter_of(vllm_config)
+        self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
+        # Scheduler side
+        self._args: dict[str, MemoryArgs] = {}
+        self._saves: list[PageSave] = []
+        # Worker side
+        self._layers: list[MemoryLayer] = []
+        self._saved: dict[str, SavedState] = {}
+        self._finished: set[str] = set()
+        if role == KVConnectorRole.WORKER:
+            context = vllm_config.compilation_config.static_forward_context
+            self._layers = [layer for layer in context.values() if isinstance(layer, MemoryLayer)]
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        return False
+
+    # Scheduler side
+
+    def on_new_request(self, request: Request) -> None:
+        params = request.sampling_params
+        try:
+            args = memory_args(None if params is None else params.extra_args)
+        except MemoryRequestError as error:
+            # Raising here would take the whole engine down; frontends refuse such requests.
+            logger.error("request %s runs with an empty memory: %s", request.request_id, error)
+            args = None
+        if args is not None:
+            self._args[request.request_id] = args
+            extend_cache_salt(request, args.salt)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return 0, False
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: Any, num_external_tokens: int
+    ) -> None:
+        return None
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> MemoryConnectorMetadata:
+        """Fill the first page of every request that starts, or starts again after preemption.
+
+        A request that starts behind a prefix-cache hit needs no page filled: the hit's salt equals
+        its own, so the state at the hit's boundary is the one its snapshot would lead to.
+        """
+        cached = scheduler_output.scheduled_cached_reqs
+        starting = [
+            request.req_id
+            for request in scheduler_output.scheduled_new_reqs
+            if request.num_computed_tokens == 0
+        ] + [
+            request_id
+            for request_id, num_computed in zip(
+                cached.req_ids, cached.num_computed_tokens, strict=True
+            )
+            if num_computed == 0
+        ]
+        saves, self._saves = self._saves, []
+        if not starting:
+            return MemoryConnectorMetadata(saves=saves)
+        block_ids = scheduler_output.kv_connector_block_state.resolve_block_ids
+        return MemoryConnectorMetadata(
+            saves=saves,
+            loads=[
+                PageLoad(block_ids(request_id)[0][0], self._args.get(request_id, EPHEMERAL))
+                for request_id in starting
+            ],
+        )
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Hold the blocks of a request whose final state is wanted until the worker copied it."""
+        args = self._args.pop(request.request_id, None)
+        # The last sampled token was never fed; with steps in flight, more than that was.
+        num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
+        if args is None or args.ticket is None or num_tokens <= 0:
+            return False, None
+        block = block_ids[0][(num_tokens - 1) // self.block_size]
+        self._saves.append(PageSave(request.request_id, args.ticket, block, num_tokens))
+        return True, None
+
+    # Worker side
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        assert isinstance(connector_metadata, MemoryConnectorMetadata)
+        for save in connector_metadata.saves:
+            self._save(save)
+        if connector_metadata.loads and self._layers:
+            self._load(connector_metadata.loads)
+
+    def _save(self, save: PageSave) -> None:
+        states = {}
+        for layer in self._layers:
+            assert layer.pages is not None
+            slot = save.num_tokens % layer.layout.ring
+            states[layer.layer_index] = layer.pages.states[save.block, slot].clone()
+        self._saved[save.ticket] = SavedState(save.num_tokens, states)
+        self._finished.add(save.request_id)
+
+    def _load(self, loads: list[PageLoad]) -> None:
+        """Write headers and initial states of all starting requests, one copy per layer."""
+        shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
+        states = np.zeros((len(loads), *shape), np.float32)
+        header = np.zeros((len(loads), self._layers[0].layout.header_words), np.int32)
+        for row, load in enumerate(loads):
+            if load.args.state is not None:
+                states[row] = np.frombuffer(load.args.state, np.float32).reshape(shape)
+            header[row, READ_FROM] = load.args.read_from
+            header[row, WRITE_FROM] = load.args.write_from
+        blocks = torch.tensor([load.block for load in loads])
+        for layer in self._layers:
+            assert layer.pages is not None
+            device = layer.pages.states.device
+            position = self.adapter.layer_indices.index(layer.layer_index)
+            rows = blocks.to(device)
+            layer.pages.header[rows] = torch.from_numpy(header).to(device)
+            layer.pages.states[rows, 0] = torch.from_numpy(states[:, position]).to(device)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        finished, self._finished = self._finished, set()
+        return finished or None, None
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        return None
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return None
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: Tensor, attn_metadata: Any, **kwargs: Any
+    ) -> None:
+        return None
+
+    def wait_for_save(self) -> None:
+        return None
+
+    def take_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
+        """Hand over, and forget, the final states that have arrived.
+
+        Returns:
+            ticket -> (tokens, layer index -> fp32 [H, r, r] bytes) with this worker's layers.
+        """
+        return {
+            ticket: self._saved.pop(ticket).encoded() for ticket in tickets if ticket in self._saved
+        }
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A final state, waiting in the worker to be taken."""
+
+    num_tokens: int
+    states: dict[int, Tensor]  # layer index -> [H, r, r] fp32
+
+    def encoded(self) -> tuple[int, dict[int, bytes]]:
+        return self.num_tokens, {
+            index: state.cpu().numpy().tobytes() for index, state in self.states.items()
+        }

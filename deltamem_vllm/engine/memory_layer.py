@@ -1,0 +1,299 @@
+"""The memory of one attention layer inside vLLM.
+
+`MemoryLayer` owns the adapter's weights for its layer and a state page per block of the layer's KV
+cache. `forward` turns the attention's input into reads, for all requests of the step in ONE op;
+`correct_qkv` and `correct_output` add what the reads say. Memory arithmetic is fp32 whatever the
+model's dtype is.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.logger import init_logger
+
+from deltamem_vllm.adapter import Adapter, LayerWeights
+from deltamem_vllm.config import DELTA_HEADS, DeltaHead
+from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadata
+from deltamem_vllm.engine.compat import (
+    AttentionBackend,
+    AttentionLayerBase,
+    AttentionSpec,
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    VllmConfig,
+    direct_register_custom_op,
+    extract_layer_index,
+    get_dtype_size,
+    get_forward_context,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    kv_connector_of,
+)
+from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
+from deltamem_vllm.errors import EngineConfigError
+from deltamem_vllm.ops import StatePages, memory_step, warm_up
+
+logger = init_logger(f"vllm.{__name__}")
+
+OP_NAME = "deltamem::memory_step"
+WARN_KV_SHARE = 0.10
+"""Above this share of the KV cache the start-up log warns and proposes a block size."""
+
+
+class MemoryLayer(nn.Module, AttentionLayerBase):
+    """The delta-mem memory beside one attention module.
+
+    Notation: H state heads, r rank, P = `rule.projection_dim`; q and kv sizes are this tensor
+    parallel rank's. The state is replicated over tensor parallel ranks: each computes the same
+    reads from the same full input, so no communication is added.
+
+    Args:
+        attention: vLLM's attention module of the layer (Qwen3Attention, LlamaAttention, ...).
+        adapter: the adapter; gives shapes here, and values in `load`.
+        vllm_config: the engine's configuration.
+        prefix: the module's name, e.g. `model.layers.0.self_attn`.
+    """
+
+    def __init__(
+        self, attention: nn.Module, adapter: Adapter, vllm_config: VllmConfig, prefix: str
+    ) -> None:
+        super().__init__()
+        config = adapter.config
+        self.layer_name = f"{prefix}.memory"
+        self.layer_index = extract_layer_index(prefix)
+        self.config = config
+        self.rule = delta_rule(adapter)
+        self.layout = page_layout(adapter, vllm_config)
+        self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
+        self.pages_are_initialised = kv_connector_of(vllm_config) is not None
+        self.pages: StatePages | None = None
+        self.page_bytes: Tensor | None = None
+        self.block_size = 0
+        # In a tuple: the module must not become a child of this one.
+        self._siblings = (attention.attn,)
+        self._kv_head_slice = kv_head_slice(attention)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
+
+        hidden = attention.hidden_size
+        sizes = {"q": attention.q_size, "k": attention.kv_size, "v": attention.kv_size, "o": hidden}
+        self.projection = parameter(self.rule.projection_dim, hidden)
+        self.gate_bias = parameter(self.rule.gate_bias_dim)
+        self.delta = nn.ParameterDict(
+            {head: parameter(sizes[head], self.rule.read_dim) for head in config.delta_heads}
+        )
+        if config.delta_o_rmsnorm and "o" in config.delta_heads:
+            self.output_norm = parameter(hidden)
+
+        context = vllm_config.compilation_config.static_forward_context
+        if self.layer_name in context:
+            raise ValueError(f"two memory layers are called {self.layer_name}")
+        context[self.layer_name] = self
+        warm_up(self.rule)
+
+    # Weights
+
+    def load(self, adapter: Adapter) -> None:
+        """Copy this layer's weights out of `adapter`, cut for this tensor parallel rank.
+
+        The scale s = alpha / r, times the trained multiplier where there is one, is folded into
+        the correction weights.
+        """
+        weights = adapter.layer(self.layer_index)
+        rows = [weights.memory_q_proj, weights.memory_k_proj, weights.memory_v_proj]
+        rows += present(weights.beta_proj, weights.lambda_proj)
+        self.projection.data.copy_(torch.cat([row.float() for row in rows]))
+        biases = present(weights.beta_bias, weights.lambda_bias)
+        self.gate_bias.data.copy_(torch.cat([bias.float() for bias in biases]))
+        for head, parameter in self.delta.items():
+            (weight,) = present(weights.delta(head))
+            weight = weight.float() * self._scale(head, weights)
+            parameter.data.copy_(self._local_rows(head, weight, parameter.shape[0]))
+        if hasattr(self, "output_norm"):
+            (norm,) = present(weights.delta_o_rmsnorm_weight)
+            self.output_norm.data.copy_(norm.float())
+
+    def _scale(self, head: DeltaHead, weights: LayerWeights) -> float:
+        scale = self.config.scaling
+        if weights.delta_scale_raw is not None:
+            per_head = self.config.delta_scale_granularity == "head"
+            raw = weights.delta_scale_raw.float()[DELTA_HEADS.index(head) if per_head else 0]
+            scale *= float(torch.sigmoid(raw)) * self.config.delta_scale_max
+        return scale
+
+    def _local_rows(self, head: str, weight: Tensor, size: int) -> Tensor:
+        if head == "o":
+            return weight
+        index = get_tensor_model_parallel_rank() if head == "q" else self._kv_head_slice
+        return weight[index * size : (index + 1) * size]
+
+    # Forward
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Write this step's tokens into their memories and read them.
+
+        Args:
+            hidden_states: [T, hidden] attention input (after the input layer norm).
+
+        Returns:
+            [T, H * r] fp32 reads; each token's read is taken before its own write.
+        """
+        projections = nn.functional.linear(hidden_states.float(), self.projection)
+        reads = torch.empty(
+            (projections.shape[0], self.rule.read_dim),
+            dtype=torch.float32,
+            device=projections.device,
+        )
+        torch.ops.deltamem.memory_step(projections, reads, self.layer_name)
+        return reads
+
+    def correct_qkv(
+        self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Add s * D read to the fresh projections, before any q/k norm and before RoPE.
+
+        Args:
+            q, k, v: [T, q_size], [T, kv_size], [T, kv_size].
+            reads: [T, H * r] fp32.
+        """
+        return (
+            self._corrected("q", q, reads),
+            self._corrected("k", k, reads),
+            self._corrected("v", v, reads),
+        )
+
+    def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
+        """Add s * Do read, normalised if the adapter says so, to o_proj's output [T, hidden].
+
+        Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
+        """
+        if not hasattr(self, "output_norm"):
+            return self._corrected("o", output, reads)
+        delta = nn.functional.linear(reads, self.delta["o"]).to(output.dtype).float()
+        delta = nn.functional.rms_norm(
+            delta, (delta.shape[-1],), self.output_norm, self.config.delta_o_rmsnorm_eps
+        )
+        return output + delta.to(output.dtype)
+
+    def _corrected(self, head: str, base: Tensor, reads: Tensor) -> Tensor:
+        if head not in self.delta:
+            return base
+        return base + nn.functional.linear(reads, self.delta[head]).to(base.dtype)
+
+    # KV cache
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return MemoryBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> AttentionSpec | None:
+        """The spec of the layer's own K/V with one state page in the place of a block's tokens.
+
+        Class, window, block size, dtype and quantisation mode stay those of the attention layer,
+        so that vLLM puts both into one group with one block table (see `engine/compat.py`).
+
+        Raises:
+            EngineConfigError: the pages would take more of the KV cache than allowed.
+        """
+        spec = self._siblings[0].get_kv_cache_spec(vllm_config)
+        if type(spec) not in (FullAttentionSpec, SlidingWindowSpec):
+            raise EngineConfigError(
+                f"delta-mem does not support the KV cache of {self.layer_name}: {spec!r}"
+            )
+        self.block_size = spec.block_size
+        self._check_kv_share(spec.page_size_bytes, spec.block_size)
+        return replace(
+            spec,
+            num_kv_heads=1,
+            head_size=self.layout.page_bytes // get_dtype_size(spec.dtype),
+            head_size_v=0,
+            num_head_slots=None,
+            page_size_padded=None,
+            state_content_bytes=self.layout.page_bytes,
+            tokens_per_state=spec.block_size,
+        )
+
+    def _check_kv_share(self, kv_page_bytes: int, block_size: int) -> None:
+        page_bytes = self.layout.page_bytes
+        share = page_bytes / (page_bytes + kv_page_bytes)
+        proposal = block_size
+        while page_bytes / (page_bytes + kv_page_bytes * proposal // block_size) > WARN_KV_SHARE:
+            proposal *= 2
+        advice = f"--block-size {proposal} would bring it under {WARN_KV_SHARE:.0%}"
+        if share > self.max_kv_share:
+            raise EngineConfigError(
+                f"state pages would take {share:.1%} of the KV cache, more than max_kv_share="
+                f"{self.max_kv_share:.0%} of the {'deltamem'!r} key allows; {advice}."
+            )
+        message = (
+            f"delta-mem: state pages take {share:.2%} of the KV cache "
+            f"({page_bytes} of {page_bytes + kv_page_bytes} bytes per block of {block_size} tokens "
+            f"and layer, ring {self.layout.ring})"
+        )
+        if share > WARN_KV_SHARE:
+            logger.warning_once("%s; %s", message, advice)
+        else:
+            logger.info_once("%s", message)
+
+    def bind_kv_cache(self, kv_cache: Tensor) -> None:
+        """Take this layer's part of the KV cache: [num_blocks, 1, 1, page] of the spec's dtype."""
+        pages = kv_cache.flatten(1).view(torch.uint8)
+        self.kv_cache = kv_cache
+        self.page_bytes = pages
+        self.pages = self.layout.views(pages)
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    """The tensors that an adapter's config switches on."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def kv_head_slice(attention: nn.Module) -> int:
+    """Which of the equal slices of the key heads this tensor parallel rank holds.
+
+    With fewer key heads than ranks, neighbouring ranks hold copies of one head.
+    """
+    ranks = get_tensor_model_parallel_world_size()
+    copies = max(1, ranks // attention.total_num_kv_heads)
+    return get_tensor_model_parallel_rank() // copies
+
+
+def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:
+    context = get_forward_context()
+    metadata: Any = context.attn_metadata
+    if isinstance(metadata, list):
+        metadata = metadata[0]
+    if metadata is None:
+        # A profiling run before the KV cache exists: shapes matter, values do not.
+        reads.zero_()
+        return
+    step: MemoryMetadata = metadata[layer_name]
+    layer: MemoryLayer = context.no_compile_layers[layer_name]
+    assert layer.pages is not None
+    memory_step(
+        layer.rule,
+        projections,
+        layer.gate_bias,
+        layer.pages,
+        step.batch,
+        block_size=layer.block_size,
+        pages_are_initialised=layer.pages_are_initialised,
+        out=reads,
+    )
+
+
+def _memory_step_fake(projections: Tensor, reads: Tensor, layer_name: str) -> None:
+    return None
+
+
+_library = Library("deltamem", "FRAGMENT")
+direct_register_custom_op(
+    op_name="memory_step",
+    op_func=_memory_step,
+    mutates_args=["reads"],
+    fake_impl=_memory_step_fake,
+    target_lib=_library,
+)

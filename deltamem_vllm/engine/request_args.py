@@ -1,0 +1,67 @@
+"""How a request carries its memory into the engine.
+
+The frontend resolves a session into `MemoryArgs` and puts their encoding under `ARGS_KEY` of
+`SamplingParams.extra_args`; the connector decodes them. The value is bytes, which no HTTP body can
+express, so clients cannot forge it through `vllm_xargs`.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+from vllm import SamplingParams
+
+from deltamem_vllm.errors import MemoryRequestError
+
+ARGS_KEY: Final = "deltamem"
+
+
+class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One request's memory, resolved: no name, no store, only what the engine must do."""
+
+    state: bytes | None = None
+    """fp32 [layers, H, r, r], layers in ascending order; None is the empty memory."""
+
+    read_from: int = 0
+    """Tokens before this position read zeros."""
+
+    write_from: int = 0
+    """Tokens before this position are not written."""
+
+    ticket: str | None = None
+    """Key under which the worker keeps the final state; None: nobody wants it."""
+
+    @property
+    def salt(self) -> str:
+        """Digest of all that makes this request's KV cache differ from another's."""
+        digest = hashlib.sha256(self.state or b"")
+        digest.update(f"{self.read_from},{self.write_from}".encode())
+        return f"deltamem:{digest.hexdigest()}"
+
+
+def with_memory(params: SamplingParams, args: MemoryArgs) -> SamplingParams:
+    """A copy of `params` that carries `args`."""
+    params = params.clone()
+    params.extra_args = {**(params.extra_args or {}), ARGS_KEY: msgspec.msgpack.encode(args)}
+    return params
+
+
+def memory_args(extra_args: Mapping[str, Any] | None) -> MemoryArgs | None:
+    """Decode what `with_memory` encoded; None for a request that says nothing about memory.
+
+    Raises:
+        MemoryRequestError: the value was not made by `with_memory`.
+    """
+    if not extra_args or ARGS_KEY not in extra_args:
+        return None
+    encoded = extra_args[ARGS_KEY]
+    if not isinstance(encoded, bytes):
+        raise MemoryRequestError(
+            f"{ARGS_KEY!r} in a request's extra arguments is reserved: give the request's memory "
+            "through the `memory` argument."
+        )
+    try:
+        return msgspec.msgpack.decode(encoded, type=MemoryArgs)
+    except msgspec.DecodeError as error:
+        raise MemoryRequestError(f"the request's memory cannot be decoded: {error}") from None

@@ -1,0 +1,192 @@
+"""What a served checkpoint says about its memory, and which engine settings we refuse.
+
+The `deltamem` key of `config.json` (written by `deltamem adapter link`, or given through
+`--hf-overrides`) names the adapter. vLLM calls `MemoryConfigHook` while it builds its
+configuration, in the frontend process and before any weights are loaded: everything that could
+make memory wrong at run time is refused there, by name.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from vllm.logger import init_logger
+
+from deltamem_vllm.adapter import (
+    LINKED_ADAPTER_DIR,
+    Adapter,
+    BackboneShape,
+    load_adapter,
+    resolve_adapter_dir,
+)
+from deltamem_vllm.adapter.link import CONFIG_KEY
+from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_connector_of
+from deltamem_vllm.errors import ConfigError, EngineConfigError
+from deltamem_vllm.ops import DeltaRule
+from deltamem_vllm.state.page import PageLayout, ring_length
+
+logger = init_logger(f"vllm.{__name__}")
+
+CONNECTOR_NAME = "DeltaMemConnector"
+CONNECTOR_MODULE = "deltamem_vllm.engine.connector"
+
+
+class MemorySettings(BaseModel):
+    """The `deltamem` key of `config.json` or `--hf-overrides`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    adapter: str
+    """Folder of the adapter, relative to the checkpoint, absolute, or a hub id."""
+
+    max_kv_share: float = Field(default=0.5, gt=0, le=1)
+    """Refuse to start when state pages would take a larger share of the KV cache than this."""
+
+
+def memory_settings(hf_config: Any) -> MemorySettings:
+    """Read and check the `deltamem` key of a Hugging Face config.
+
+    Raises:
+        ConfigError: the key is missing or malformed.
+    """
+    raw = getattr(hf_config, CONFIG_KEY, None)
+    if raw is None:
+        raise ConfigError(
+            f"the checkpoint's config.json has no {CONFIG_KEY!r} key, so no adapter is known. Make a "
+            "servable checkpoint with `deltamem adapter link BASE ADAPTER OUT`, or pass "
+            f'--hf-overrides \'{{"{CONFIG_KEY}": {{"adapter": "PATH"}}, "architectures": [...]}}\'.'
+        )
+    try:
+        return MemorySettings.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, item['loc'])) or CONFIG_KEY}: {item['msg']}"
+            for item in error.errors()
+        )
+        raise ConfigError(f"the {CONFIG_KEY!r} key of config.json is not valid: {problems}") from None
+
+
+def adapter_dir(settings: MemorySettings, model: str, revision: str | None) -> Path:
+    """Where the adapter of a checkpoint lies on this machine.
+
+    Args:
+        settings: the checkpoint's settings; a relative `adapter` path is inside the checkpoint.
+        model: the checkpoint's folder or hub id.
+        revision: the hub revision, None for the default.
+    """
+    inside = Path(model) / settings.adapter
+    if Path(model).is_dir() and inside.is_dir():
+        return inside
+    if not Path(model).is_dir() and settings.adapter == LINKED_ADAPTER_DIR:
+        from huggingface_hub import snapshot_download
+
+        root = snapshot_download(model, revision=revision, allow_patterns=f"{LINKED_ADAPTER_DIR}/*")
+        return Path(root) / LINKED_ADAPTER_DIR
+    return resolve_adapter_dir(settings.adapter)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(path: Path, shape: BackboneShape) -> Adapter:
+    return load_adapter(path, backbone=shape)
+
+
+def adapter_of(vllm_config: VllmConfig) -> Adapter:
+    """The adapter that `vllm_config` serves, loaded once per process and checked for its backbone."""
+    model_config = vllm_config.model_config
+    settings = memory_settings(model_config.hf_config)
+    path = adapter_dir(settings, model_config.model, model_config.revision)
+    return _load(path, BackboneShape.from_config_dict(model_config.hf_text_config.to_dict()))
+
+
+def delta_rule(adapter: Adapter) -> DeltaRule:
+    """The arithmetic an adapter asks for, as the ops understand it."""
+    config = adapter.config
+    return DeltaRule(
+        rank=config.rank,
+        num_heads=config.num_state_heads,
+        normalize_qk=config.normalize_qk,
+        couple_lambda=config.couple_lambda,
+        rankwise_gates=config.rankwise_gates,
+        update_mode=config.state_update_mode,
+    )
+
+
+def page_layout(adapter: Adapter, vllm_config: VllmConfig) -> PageLayout:
+    """A state page for `adapter`, its ring as short as the engine's configuration allows."""
+    steps_in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
+    return PageLayout(
+        state_shape=adapter.config.state_shape,
+        ring=ring_length(steps_in_flight, draft_tokens=0),
+    )
+
+
+class MemoryConfigHook(VerifyAndUpdateConfig):
+    """Checks and completes vLLM's configuration for a model with memory."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        adapter = adapter_of(vllm_config)
+        refuse_unsupported(vllm_config, adapter)
+        use_one_cache_group(vllm_config)
+        # vLLM's cache of compiled graphs knows the checkpoint's path, not the adapter's content.
+        vllm_config.additional_config = {
+            **(vllm_config.additional_config or {}),
+            "deltamem_adapter": adapter.fingerprint,
+        }
+        logger.info(
+            "delta-mem adapter %s: rank %d, %d state head(s), %d layer(s), heads %s, %s writes",
+            adapter.fingerprint[:12],
+            adapter.config.rank,
+            adapter.config.num_state_heads,
+            len(adapter.layer_indices),
+            "".join(adapter.config.delta_heads) or "none",
+            adapter.config.memory_write_granularity,
+        )
+
+
+def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
+    """Refuse, by name, each setting under which memory would be wrong or was never checked.
+
+    Raises:
+        EngineConfigError: names the setting and what to do.
+    """
+    cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    model, connector = vllm_config.model_config, kv_connector_of(vllm_config)
+    granularity = adapter.config.memory_write_granularity
+    refusals = {
+        f"an adapter with memory_write_granularity={granularity!r} (only 'token' is served)": (
+            granularity != "token"
+        ),
+        "--prefix-match-unit other than the block size (prefix-cache hits must be whole blocks)": (
+            cache.prefix_match_unit not in (None, cache.block_size)
+        ),
+        "decode context parallelism (--decode-context-parallel-size)": (
+            parallel.decode_context_parallel_size > 1
+        ),
+        "prefill context parallelism (--prefill-context-parallel-size)": (
+            parallel.prefill_context_parallel_size > 1
+        ),
+        "a backbone with multi-head latent attention (MLA)": model.use_mla,
+        "a Mamba-hybrid backbone": model.is_hybrid,
+        "cross-layer KV sharing (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
+        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        f"the KV connector {connector!r} (memory needs {CONNECTOR_NAME}, alone)": (
+            connector not in (None, CONNECTOR_NAME)
+        ),
+    }
+    for name, refused in refusals.items():
+        if refused:
+            raise EngineConfigError(f"delta-mem does not support {name}. Remove that setting.")
+
+
+def use_one_cache_group(vllm_config: VllmConfig) -> None:
+    """Keep state pages and K/V in one block table when only some layers have a sliding window.
+
+    vLLM would put such layers in groups with their own block sizes, where a page no longer stands
+    for one block of its own layer.
+    """
+    layer_types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or []
+    if len(set(layer_types)) > 1:
+        vllm_config.scheduler_config.disable_hybrid_kv_cache_manager = True
+        logger.info("delta-mem: one KV cache group for all layers (hybrid KV cache manager off)")

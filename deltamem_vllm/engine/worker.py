@@ -1,0 +1,14 @@
+"""What the frontend can ask of the workers: mixed into vLLM's worker by `worker_extension_cls`."""
+
+from deltamem_vllm.engine.compat import get_kv_transfer_group
+from deltamem_vllm.engine.connector import DeltaMemConnector
+
+
+class MemoryWorkerExtension:
+    """Methods reachable through `collective_rpc`."""
+
+    def take_memory_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
+        """See `DeltaMemConnector.take_states`."""
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, DeltaMemConnector)
+        return connector.take_states(tickets)

@@ -1,0 +1,29 @@
+"""Qwen2 and Qwen2.5 with memory."""
+
+from torch import Tensor
+from vllm.model_executor.models.qwen2 import Qwen2Attention, Qwen2ForCausalLM
+
+from deltamem_vllm.engine.memory_layer import MemoryLayer
+from deltamem_vllm.models.base import MemoryModel
+
+
+class DeltaMemQwen2Attention(Qwen2Attention):
+    """Corrections join q (and k, v) before RoPE, and before the per-head norms some variants have."""
+
+    memory: MemoryLayer
+
+    def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
+        reads = self.memory(hidden_states)
+        qkv, _ = self.qkv_proj(hidden_states)
+        q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+        q, k, v = self.memory.correct_qkv(q, k, v, reads)
+        if self.qk_norm:
+            q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
+            k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).flatten(-2)
+        q, k = self.rotary_emb(positions, q, k)
+        output, _ = self.o_proj(self.attn(q, k, v))
+        return self.memory.correct_output(output, reads)
+
+
+class DeltaMemQwen2ForCausalLM(MemoryModel, Qwen2ForCausalLM):
+    memory_attention = DeltaMemQwen2Attention

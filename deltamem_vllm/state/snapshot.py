@@ -1,0 +1,77 @@
+"""A session's memory as plain data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltamem_vllm.errors import SnapshotError
+
+
+@dataclass(frozen=True)
+class MemorySnapshot:
+    """One version of a session's memory."""
+
+    state: Mapping[str, Tensor] = field(repr=False)
+    """Layer name (`model.layers.0.self_attn`) -> fp32 [H, r, r] on the CPU."""
+
+    version: int = 1
+    """Counts the read_write turns of the session, from 1."""
+
+    tokens_written: int = 0
+    """Tokens that all turns together wrote."""
+
+    pending_token_ids: tuple[int, ...] = ()
+    """Sampled last and not yet fed: the session's next read_write turn starts with them."""
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """The states of one adapter: which layers, and how large each is."""
+
+    layer_names: tuple[str, ...]
+    """In ascending order of layers."""
+
+    layer_indices: tuple[int, ...]
+    shape: tuple[int, int, int]
+    """(H, r, r)"""
+
+    def pack(self, state: Mapping[str, Tensor]) -> bytes:
+        """Concatenate all layers' states: fp32 [layers, H, r, r].
+
+        Raises:
+            SnapshotError: layers, shape or dtype are not this adapter's, or a value is not finite.
+        """
+        if set(state) != set(self.layer_names):
+            raise SnapshotError(
+                f"the snapshot has states of layers {sorted(state)}, but the adapter has "
+                f"{list(self.layer_names)}; it belongs to another adapter or backbone."
+            )
+        for name in self.layer_names:
+            tensor = state[name]
+            if tuple(tensor.shape) != self.shape or tensor.dtype != torch.float32:
+                raise SnapshotError(
+                    f"the snapshot's state of {name} is {tensor.dtype} {list(tensor.shape)}, but the "
+                    f"adapter's is torch.float32 {list(self.shape)} (state heads, rank, rank)."
+                )
+            if not bool(torch.isfinite(tensor).all()):
+                raise SnapshotError(f"the snapshot's state of {name} has values that are not finite.")
+        return torch.stack([state[name] for name in self.layer_names]).numpy().tobytes()
+
+    def unpack(self, states: Mapping[int, bytes]) -> dict[str, Tensor]:
+        """Name the states that workers handed over by layer index.
+
+        Raises:
+            SnapshotError: a layer is missing.
+        """
+        missing = set(self.layer_indices) - set(states)
+        if missing:
+            raise SnapshotError(f"no worker handed over the state of layers {sorted(missing)}.")
+        return {
+            name: torch.from_numpy(
+                np.frombuffer(states[index], np.float32).reshape(self.shape).copy()
+            )
+            for name, index in zip(self.layer_names, self.layer_indices, strict=True)
+        }

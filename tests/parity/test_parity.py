@@ -1,0 +1,119 @@
+"""Golden cases of the published reference, through the real engine."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from vllm import SamplingParams, TokensPrompt
+
+from deltamem_vllm import Memory, MemoryLLM
+
+DATA = Path(__file__).parent / "data"
+TOKEN_WISE = ["qwen3_tsw", "qwen3_msw4", "qwen3_qkvo_uncoupled", "qwen3_scaled"]
+LOGPROB_TOLERANCE = 1e-4
+STATE_TOLERANCE = 1e-5
+
+
+def open_case(name: str) -> MemoryLLM:
+    return MemoryLLM(
+        str(DATA / name / "model"),
+        adapter=str(DATA / name / "adapter"),
+        dtype="float32",
+        max_model_len=256,
+        max_logprobs=320,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+    )
+
+
+def full_logprobs(rows: list, vocab: int) -> torch.Tensor:
+    """vLLM's per-token dicts of all logprobs as a tensor [rows, vocab]."""
+    table = torch.full((len(rows), vocab), float("nan"))
+    for index, row in enumerate(rows):
+        for token, logprob in row.items():
+            table[index, token] = logprob.logprob
+    return table
+
+
+def assert_close(actual: torch.Tensor, logits: torch.Tensor) -> None:
+    expected = torch.log_softmax(logits.float(), dim=-1)
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected, rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def assert_states(state: dict, golden: dict, prefix: str) -> None:
+    expected = {
+        name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)
+    }
+    assert set(state) == set(expected)
+    for name, value in expected.items():
+        value = value.reshape(state[name].shape)
+        tolerance = STATE_TOLERANCE * max(1.0, value.abs().max().item())
+        torch.testing.assert_close(state[name], value, rtol=0, atol=tolerance)
+
+
+def sampling(max_tokens: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=0,
+        max_tokens=max_tokens,
+        logprobs=320,
+        prompt_logprobs=320,
+        ignore_eos=True,
+        detokenize=False,
+    )
+
+
+def turn(llm: MemoryLLM, prompt: list[int], max_tokens: int, memory: Memory | None):
+    (output,) = llm.generate(
+        TokensPrompt(prompt_token_ids=prompt), sampling(max_tokens), memory=memory, use_tqdm=False
+    )
+    rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
+    return full_logprobs(rows, 320), list(output.outputs[0].token_ids)
+
+
+@pytest.mark.parametrize("name", TOKEN_WISE)
+def test_token_wise_case_matches_the_reference(name: str) -> None:
+    golden = load_file(DATA / name / "golden.safetensors")
+    greedy = json.loads((DATA / name / "meta.json").read_text())["greedy"]
+    history, query = golden["history"].tolist(), golden["query"].tolist()
+    llm = open_case(name)
+
+    logprobs, tokens = turn(llm, history, len(greedy), Memory(session="a"))
+    assert tokens == greedy
+    assert_close(logprobs, golden["write_logits"])
+    snapshot = llm.sessions["a"]
+    assert_states(snapshot.state, golden, "state.")
+    assert snapshot.version == 1
+    assert snapshot.tokens_written == len(history) + len(greedy) - 1
+    assert snapshot.pending_token_ids == (greedy[-1],)
+
+    read, _ = turn(llm, query, 1, Memory(session="a", mode="read_only"))
+    assert_close(read, golden["read_logits"])
+    assert llm.sessions["a"] is snapshot
+    empty, _ = turn(llm, query, 1, Memory(session="never written", mode="read_only"))
+    assert_close(empty, golden["empty_logits"])
+
+    turn(llm, history, 1, Memory(session="prompt only"))
+    assert_states(llm.sessions["prompt only"].state, golden, "prompt_state.")
+
+
+def test_session_case_matches_the_reference_turn_by_turn() -> None:
+    name = "qwen3_session"
+    golden = load_file(DATA / name / "golden.safetensors")
+    turns = json.loads((DATA / name / "meta.json").read_text())["turns"]
+    llm = open_case(name)
+    for index, expected in enumerate(turns):
+        prompt = golden[f"turn{index}.prompt"].tolist()
+        # From the second turn on, the golden prompt begins with the last turn's pending token,
+        # which the session feeds by itself.
+        pending = list(llm.sessions["a"].pending_token_ids) if index else []
+        assert prompt[: len(pending)] == pending
+        logprobs, tokens = turn(
+            llm, prompt[len(pending) :], len(expected["greedy"]), Memory(session="a")
+        )
+        assert tokens == expected["greedy"]
+        assert_close(logprobs, golden[f"turn{index}.logits"])
+        assert_states(llm.sessions["a"].state, golden, f"turn{index}.state.")
+        assert llm.sessions["a"].version == index + 1
