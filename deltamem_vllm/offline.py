@@ -122,7 +122,7 @@ class MemoryLLM(LLM):
         )
         self.sessions = Sessions(self._shape)
 
-    def generate(  # type: ignore[override]
+    def generate(
         self,
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -147,7 +147,7 @@ class MemoryLLM(LLM):
         prompts = _listed(prompts)
         return self._run_turns(super().generate, prompts, sampling_params, memory, kwargs)
 
-    def chat(  # type: ignore[override]
+    def chat(
         self,
         messages: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
@@ -218,29 +218,28 @@ class MemoryLLM(LLM):
                 )
             params = with_memory(params, turn.args)
             prompt = {**prompt, "prompt_token_ids": [*turn.pending, *prompt["prompt_token_ids"]]}
-        return super()._add_request(prompt, params, *args, **kwargs)
+        request_id: str = super()._add_request(prompt, params, *args, **kwargs)
+        return request_id
 
     def _commit(
         self, memories: list[Memory | None], turns: list[_Turn], outputs: list[RequestOutput]
     ) -> None:
         """Leave the final states in their sessions; all of a wave's, or, on an error, none."""
-        written = {
-            turn.args.ticket: (memory.session, output)
+        written = [
+            (memory.session, turn.args, turn.args.ticket, output)
             for memory, turn, output in zip(memories, turns, outputs, strict=True)
-            if memory is not None and turn.args is not None and turn.args.ticket is not None
-        }
-        states = self._take_states(list(written))
+            if memory is not None and memory.session is not None
+            if turn.args is not None and turn.args.ticket is not None
+        ]
+        states = self._take_states([ticket for _, _, ticket, _ in written])
         snapshots = {}
-        for turn in turns:
-            if turn.args is None or turn.args.ticket not in written:
-                continue
-            session, output = written[turn.args.ticket]
+        for session, args, ticket, output in written:
             tokens = [*(output.prompt_token_ids or ()), *output.outputs[0].token_ids]
             kept = len(tokens) - 1
-            num_tokens, by_layer = states[turn.args.ticket]
+            num_tokens, by_layer = states[ticket]
             if num_tokens != kept:
                 # The engine had run on when a stop string was found: write the kept tokens again.
-                by_layer = self._replay(turn.args, tokens[:-1])
+                by_layer = self._replay(args, tokens[:-1])
             before = self.sessions.get(session)
             snapshots[session] = MemorySnapshot(
                 state=self._shape.unpack(by_layer),
@@ -302,9 +301,7 @@ class MemoryLLM(LLM):
             time.sleep(0.001)
 
 
-def memory_overrides(
-    model: str, adapter: str | None, overrides: Any = None
-) -> dict[str, Any]:
+def memory_overrides(model: str, adapter: str | None, overrides: Any = None) -> dict[str, Any]:
     """The `hf_overrides` that make vLLM serve `model` with memory.
 
     Args:
@@ -318,16 +315,18 @@ def memory_overrides(
     """
     if overrides is not None and not isinstance(overrides, dict):
         raise EngineConfigError("MemoryLLM takes hf_overrides only as a dict.")
-    overrides = dict(overrides or {})
+    overrides_given: dict[str, Any] = dict(overrides or {})
     config = json.loads((resolve_base_dir(model, config_only=True) / "config.json").read_text())
-    architecture = (overrides.get("architectures") or config.get("architectures") or [None])[0]
+    architecture = (overrides_given.get("architectures") or config.get("architectures") or [None])[
+        0
+    ]
     if adapter is None:
         if architecture not in MODEL_CLASSES:
             raise BackboneError(
                 f"{model} has architecture {architecture!r} and carries no adapter. Pass adapter=, "
                 "or make a linked checkpoint with `deltamem adapter link`."
             )
-        return overrides
+        return overrides_given
     served = ARCHITECTURES.get(architecture, architecture)
     if served not in MODEL_CLASSES:
         raise BackboneError(
@@ -335,10 +334,10 @@ def memory_overrides(
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
     return {
-        **overrides,
+        **overrides_given,
         "architectures": [served],
         CONFIG_KEY: {
-            **overrides.get(CONFIG_KEY, {}),
+            **overrides_given.get(CONFIG_KEY, {}),
             "adapter": str(Path(resolve_adapter_dir(str(adapter))).resolve()),
         },
     }

@@ -2,6 +2,9 @@
 
 from deltamem_vllm.models.registry import MODEL_CLASSES
 
+MEMORY_STEP_OP = "deltamem::memory_step"
+"""The op of `engine/memory_layer.py`, by its name so that discovery stays light."""
+
 
 def register() -> None:
     """Make vLLM know our model classes. Runs in every vLLM process, possibly more than once.
@@ -11,14 +14,22 @@ def register() -> None:
     """
     from vllm import ModelRegistry
 
-    from deltamem_vllm.engine.compat import add_config_hook, add_splitting_op, check_version
+    from deltamem_vllm.engine.compat import (
+        add_config_hook,
+        add_splitting_op,
+        check_version,
+        let_kernel_scan_pass_llvmlite,
+    )
 
     check_version()
+    from deltamem_vllm.api.guard import refuse_memory_field
     from deltamem_vllm.engine.settings import MemoryConfigHook
 
     for architecture, location in MODEL_CLASSES.items():
         if architecture not in ModelRegistry.get_supported_archs():
             ModelRegistry.register_model(architecture, location)
         add_config_hook(architecture, MemoryConfigHook)
-    add_splitting_op("deltamem::memory_step")
+    add_splitting_op(MEMORY_STEP_OP)
+    let_kernel_scan_pass_llvmlite()
+    refuse_memory_field()
     assert set(MODEL_CLASSES) <= set(ModelRegistry.get_supported_archs())

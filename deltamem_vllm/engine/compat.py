@@ -5,7 +5,10 @@ check. `patches/` says for each why it is touched and what upstream change would
 unnecessary; `tests/engine/test_compat.py` checks that each still exists with the shape we rely on.
 """
 
+import functools
 import os
+import sys
+from typing import Any
 
 import vllm
 from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
@@ -21,10 +24,14 @@ from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.triton_utils import dispatcher
 from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -44,6 +51,9 @@ SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Minor versions of vLLM whose names were compared with what this module imports."""
 
 UNTESTED_VERSION_VARIABLE = "DELTAMEM_ALLOW_UNTESTED_VLLM"
+
+GENERATION_REQUESTS = (ChatCompletionRequest, CompletionRequest, ResponsesRequest)
+"""The request models of HTTP routes that generate; all have `to_sampling_params`."""
 
 
 def check_version(version: str = vllm.__version__) -> None:
@@ -77,6 +87,30 @@ def add_config_hook(architecture: str, hook: type[VerifyAndUpdateConfig]) -> Non
     MODELS_CONFIG_MAP[architecture] = hook
 
 
+def let_kernel_scan_pass_llvmlite() -> None:
+    """Keep vLLM's CPU workers from failing in a process that has loaded numba.
+
+    A worker looks through every attribute of every loaded module for kernels to replace, and
+    takes whatever `__dict__` returns for a dict. `llvmlite.binding.ffi.lib` answers every
+    attribute with a function of the LLVM library, so the scan ends in an AttributeError.
+    """
+    scan: Any = dispatcher._rebind_kernels
+    if hasattr(scan, "__wrapped__"):
+        return
+
+    @functools.wraps(scan)
+    def without_llvmlite(overrides: Any) -> None:
+        hidden = {name: sys.modules[name] for name in sys.modules if name.startswith("llvmlite")}
+        for name in hidden:
+            del sys.modules[name]
+        try:
+            scan(overrides)
+        finally:
+            sys.modules.update(hidden)
+
+    dispatcher._rebind_kernels = without_llvmlite
+
+
 def extend_cache_salt(request: Request, salt: str) -> None:
     """Make `request` share prefix-cache blocks only with requests of the same `salt`.
 
@@ -95,6 +129,7 @@ def kv_connector_of(vllm_config: VllmConfig) -> str | None:
 
 
 __all__ = [
+    "GENERATION_REQUESTS",
     "AttentionBackend",
     "AttentionLayerBase",
     "AttentionMetadata",
@@ -127,4 +162,5 @@ __all__ = [
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "kv_connector_of",
+    "let_kernel_scan_pass_llvmlite",
 ]

@@ -29,6 +29,7 @@ from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
 from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.ops import READ_FROM, WRITE_FROM
+from deltamem_vllm.state.page import HEADER_WORDS
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -176,7 +177,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         """Write headers and initial states of all starting requests, one copy per layer."""
         shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
         states = np.zeros((len(loads), *shape), np.float32)
-        header = np.zeros((len(loads), self._layers[0].layout.header_words), np.int32)
+        header = np.zeros((len(loads), HEADER_WORDS), np.int32)
         for row, load in enumerate(loads):
             if load.args.state is not None:
                 states[row] = np.frombuffer(load.args.state, np.float32).reshape(shape)

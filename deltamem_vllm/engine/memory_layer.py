@@ -38,7 +38,6 @@ from deltamem_vllm.ops import StatePages, memory_step, warm_up
 
 logger = init_logger(f"vllm.{__name__}")
 
-OP_NAME = "deltamem::memory_step"
 WARN_KV_SHARE = 0.10
 """Above this share of the KV cache the start-up log warns and proposes a block size."""
 
@@ -58,7 +57,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
     """
 
     def __init__(
-        self, attention: nn.Module, adapter: Adapter, vllm_config: VllmConfig, prefix: str
+        self, attention: Any, adapter: Adapter, vllm_config: VllmConfig, prefix: str
     ) -> None:
         super().__init__()
         config = adapter.config
@@ -109,7 +108,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.projection.data.copy_(torch.cat([row.float() for row in rows]))
         biases = present(weights.beta_bias, weights.lambda_bias)
         self.gate_bias.data.copy_(torch.cat([bias.float() for bias in biases]))
-        for head, parameter in self.delta.items():
+        for head in self.config.delta_heads:
+            parameter = self.delta[head]
             (weight,) = present(weights.delta(head))
             weight = weight.float() * self._scale(head, weights)
             parameter.data.copy_(self._local_rows(head, weight, parameter.shape[0]))
@@ -251,14 +251,15 @@ def present(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def kv_head_slice(attention: nn.Module) -> int:
+def kv_head_slice(attention: Any) -> int:
     """Which of the equal slices of the key heads this tensor parallel rank holds.
 
     With fewer key heads than ranks, neighbouring ranks hold copies of one head.
     """
-    ranks = get_tensor_model_parallel_world_size()
-    copies = max(1, ranks // attention.total_num_kv_heads)
-    return get_tensor_model_parallel_rank() // copies
+    ranks: int = get_tensor_model_parallel_world_size()
+    rank: int = get_tensor_model_parallel_rank()
+    copies = max(1, ranks // int(attention.total_num_kv_heads))
+    return rank // copies
 
 
 def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:

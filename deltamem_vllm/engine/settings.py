@@ -53,8 +53,8 @@ def memory_settings(hf_config: Any) -> MemorySettings:
     raw = getattr(hf_config, CONFIG_KEY, None)
     if raw is None:
         raise ConfigError(
-            f"the checkpoint's config.json has no {CONFIG_KEY!r} key, so no adapter is known. Make a "
-            "servable checkpoint with `deltamem adapter link BASE ADAPTER OUT`, or pass "
+            f"the checkpoint's config.json has no {CONFIG_KEY!r} key, so no adapter is known. Make "
+            "a servable checkpoint with `deltamem adapter link BASE ADAPTER OUT`, or pass "
             f'--hf-overrides \'{{"{CONFIG_KEY}": {{"adapter": "PATH"}}, "architectures": [...]}}\'.'
         )
     try:
@@ -64,7 +64,9 @@ def memory_settings(hf_config: Any) -> MemorySettings:
             f"{'.'.join(map(str, item['loc'])) or CONFIG_KEY}: {item['msg']}"
             for item in error.errors()
         )
-        raise ConfigError(f"the {CONFIG_KEY!r} key of config.json is not valid: {problems}") from None
+        raise ConfigError(
+            f"the {CONFIG_KEY!r} key of config.json is not valid: {problems}"
+        ) from None
 
 
 def adapter_dir(settings: MemorySettings, model: str, revision: str | None) -> Path:
@@ -92,7 +94,7 @@ def _load(path: Path, shape: BackboneShape) -> Adapter:
 
 
 def adapter_of(vllm_config: VllmConfig) -> Adapter:
-    """The adapter that `vllm_config` serves, loaded once per process and checked for its backbone."""
+    """The adapter that `vllm_config` serves, checked for its backbone; loaded once per process."""
     model_config = vllm_config.model_config
     settings = memory_settings(model_config.hf_config)
     path = adapter_dir(settings, model_config.model, model_config.revision)
@@ -124,9 +126,13 @@ def page_layout(adapter: Adapter, vllm_config: VllmConfig) -> PageLayout:
 class MemoryConfigHook(VerifyAndUpdateConfig):
     """Checks and completes vLLM's configuration for a model with memory."""
 
+    serving = False
+    """Whether this process has configured a model with memory."""
+
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         adapter = adapter_of(vllm_config)
+        MemoryConfigHook.serving = True
         refuse_unsupported(vllm_config, adapter)
         use_one_cache_group(vllm_config)
         # vLLM's cache of compiled graphs knows the checkpoint's path, not the adapter's content.

@@ -47,7 +47,7 @@ class MemoryModel(nn.Module):
         Returns:
             The names of all parameters that were loaded.
         """
-        loaded: set[str] = super().load_weights(weights)
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]  # the stock class
         for name, module in self.named_modules():
             if isinstance(module, MemoryLayer):
                 module.load(self._adapter)

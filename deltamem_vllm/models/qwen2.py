@@ -8,7 +8,7 @@ from deltamem_vllm.models.base import MemoryModel
 
 
 class DeltaMemQwen2Attention(Qwen2Attention):
-    """Corrections join q (and k, v) before RoPE, and before the per-head norms some variants have."""
+    """Corrections join q (and k, v) before RoPE and the per-head norms that some variants have."""
 
     memory: MemoryLayer
 

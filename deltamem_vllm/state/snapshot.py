@@ -53,11 +53,11 @@ class StateShape:
             tensor = state[name]
             if tuple(tensor.shape) != self.shape or tensor.dtype != torch.float32:
                 raise SnapshotError(
-                    f"the snapshot's state of {name} is {tensor.dtype} {list(tensor.shape)}, but the "
-                    f"adapter's is torch.float32 {list(self.shape)} (state heads, rank, rank)."
+                    f"the snapshot's state of {name} is {tensor.dtype} {list(tensor.shape)}, but "
+                    f"the adapter's is torch.float32 {list(self.shape)} (state heads, rank, rank)."
                 )
             if not bool(torch.isfinite(tensor).all()):
-                raise SnapshotError(f"the snapshot's state of {name} has values that are not finite.")
+                raise SnapshotError(f"the snapshot's state of {name} has a non-finite value.")
         return torch.stack([state[name] for name in self.layer_names]).numpy().tobytes()
 
     def unpack(self, states: Mapping[int, bytes]) -> dict[str, Tensor]:

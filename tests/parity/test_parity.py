@@ -1,7 +1,6 @@
 """Golden cases of the published reference, through the real engine."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from safetensors.torch import load_file
 from vllm import SamplingParams, TokensPrompt
 
 from deltamem_vllm import Memory, MemoryLLM
+from tests.helpers import DATA, VOCAB, full_logprobs
 
-DATA = Path(__file__).parent / "data"
 TOKEN_WISE = ["qwen3_tsw", "qwen3_msw4", "qwen3_qkvo_uncoupled", "qwen3_scaled"]
 LOGPROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-5
@@ -22,19 +21,10 @@ def open_case(name: str) -> MemoryLLM:
         adapter=str(DATA / name / "adapter"),
         dtype="float32",
         max_model_len=256,
-        max_logprobs=320,
+        max_logprobs=VOCAB,
         enforce_eager=True,
         skip_tokenizer_init=True,
     )
-
-
-def full_logprobs(rows: list, vocab: int) -> torch.Tensor:
-    """vLLM's per-token dicts of all logprobs as a tensor [rows, vocab]."""
-    table = torch.full((len(rows), vocab), float("nan"))
-    for index, row in enumerate(rows):
-        for token, logprob in row.items():
-            table[index, token] = logprob.logprob
-    return table
 
 
 def assert_close(actual: torch.Tensor, logits: torch.Tensor) -> None:
@@ -45,7 +35,9 @@ def assert_close(actual: torch.Tensor, logits: torch.Tensor) -> None:
 
 def assert_states(state: dict, golden: dict, prefix: str) -> None:
     expected = {
-        name.removeprefix(prefix): value for name, value in golden.items() if name.startswith(prefix)
+        name.removeprefix(prefix): value
+        for name, value in golden.items()
+        if name.startswith(prefix)
     }
     assert set(state) == set(expected)
     for name, value in expected.items():
@@ -58,8 +50,8 @@ def sampling(max_tokens: int) -> SamplingParams:
     return SamplingParams(
         temperature=0,
         max_tokens=max_tokens,
-        logprobs=320,
-        prompt_logprobs=320,
+        logprobs=VOCAB,
+        prompt_logprobs=VOCAB,
         ignore_eos=True,
         detokenize=False,
     )
@@ -70,7 +62,7 @@ def turn(llm: MemoryLLM, prompt: list[int], max_tokens: int, memory: Memory | No
         TokensPrompt(prompt_token_ids=prompt), sampling(max_tokens), memory=memory, use_tqdm=False
     )
     rows = [*output.prompt_logprobs[1:], *output.outputs[0].logprobs]
-    return full_logprobs(rows, 320), list(output.outputs[0].token_ids)
+    return full_logprobs(rows), list(output.outputs[0].token_ids)
 
 
 @pytest.mark.parametrize("name", TOKEN_WISE)

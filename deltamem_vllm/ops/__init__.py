@@ -1,0 +1,184 @@
+"""The delta rule as tensor functions that know nothing of an engine.
+
+`memory_step` advances all requests of an engine's step, for one layer, in one call: packed tokens
+with cumulative lengths go in, reads come out, and state pages are updated in place.
+
+`reference.py` is the definition and the fallback for devices without a kernel; `cpu.py` is the fast
+form for CPUs.
+"""
+
+import functools
+import logging
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops.reference import delta_rule_scan
+from deltamem_vllm.ops.rule import (
+    READ_FROM,
+    UPDATE_MODES,
+    WRITE_FROM,
+    Batch,
+    DeltaRule,
+    StatePages,
+    UpdateMode,
+)
+
+__all__ = [
+    "READ_FROM",
+    "UPDATE_MODES",
+    "WRITE_FROM",
+    "Batch",
+    "DeltaRule",
+    "StatePages",
+    "UpdateMode",
+    "delta_rule_scan",
+    "memory_step",
+    "warm_up",
+]
+
+logger = logging.getLogger(__name__)
+
+
+class _Implementation(Protocol):
+    def __call__(
+        self,
+        rule: DeltaRule,
+        projections: Tensor,
+        gate_bias: Tensor,
+        pages: StatePages,
+        batch: Batch,
+        reads: Tensor,
+        *,
+        block_size: int,
+        pages_are_initialised: bool,
+    ) -> None: ...
+
+
+def memory_step(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    pages: StatePages,
+    batch: Batch,
+    *,
+    block_size: int,
+    pages_are_initialised: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Read and write the memories of all requests of a step, for one layer.
+
+    Per request: the state after its context is loaded from its page, the rule runs over its tokens
+    (each reads before it writes, see `reference.delta_rule_scan`), and the state is stored at every
+    block boundary that the tokens cross, and for the last `ring` token counts. The header of the
+    page that was loaded rules which positions read and write, and is copied into every page that
+    takes a state.
+
+    A request without context starts from slot 0 and the header of its first page if
+    `pages_are_initialised`, else from zero states and a zero header, whatever its pages hold. A row
+    with seq_lens 0 or without tokens touches nothing. Pages that belong to no request of the step
+    are neither read nor written.
+
+    Args:
+        rule: shapes and options.
+        projections: [T, P] fp32, columns as in `DeltaRule`; T may exceed the tokens of the batch.
+        gate_bias: [gate_bias_dim] fp32.
+        pages: the layer's state pages, updated in place.
+        batch: the requests of this step.
+        block_size: tokens per block of the KV cache.
+        pages_are_initialised: someone (the KV connector) fills header and slot 0 of the first page
+            of every request before its first token.
+        out: [T, H * r] fp32, contiguous, to write the reads into.
+
+    Returns:
+        [T, H * r] fp32 reads; rows of no request are 0.
+
+    Raises:
+        ValueError: a tensor has the wrong shape, dtype or layout.
+    """
+    reads = projections.new_empty(projections.shape[0], rule.read_dim) if out is None else out
+    _check(rule, projections, gate_bias, pages, batch, reads)
+    _implementation(projections.device.type)(
+        rule,
+        projections,
+        gate_bias,
+        pages,
+        batch,
+        reads,
+        block_size=block_size,
+        pages_are_initialised=pages_are_initialised,
+    )
+    return reads
+
+
+def warm_up(rule: DeltaRule, device: str | torch.device = "cpu") -> None:
+    """Compile what `memory_step` needs for `rule`, so that no request waits for a compiler."""
+    if torch.device(device).type == "cpu":
+        # Its one signature is compiled, or read from numba's cache, on import.
+        import deltamem_vllm.ops.cpu  # noqa: F401
+
+
+@functools.cache
+def _implementation(device_type: str) -> _Implementation:
+    # Imported late: a frontend that only wants shapes should not pay for loading numba.
+    if device_type == "cpu":
+        from deltamem_vllm.ops import cpu
+
+        return cpu.memory_step
+    from deltamem_vllm.ops import reference
+
+    logger.warning(
+        "no memory kernel for device %r: using the sequential definition, which is slow",
+        device_type,
+    )
+    return reference.memory_step
+
+
+def _check(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    pages: StatePages,
+    batch: Batch,
+    reads: Tensor,
+) -> None:
+    """Refuse what a kernel would take for something else; kernels see addresses and strides only.
+
+    This runs for every layer of every step: keep it to a few microseconds.
+    """
+    header, states = pages
+    tokens, rows = projections.shape[0], batch.seq_lens.shape[0]
+    heads, rank, _ = rule.state_shape
+    state_size = heads * rank * rank
+    expected = (
+        ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
+        ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),
+        ("pages.header", header, torch.int32, (states.shape[0], header.shape[-1])),
+        ("pages.states", states, torch.float32, (*states.shape[:2], heads, rank, rank)),
+        ("batch.block_table", batch.block_table, torch.int32, (rows, batch.block_table.shape[-1])),
+        ("batch.query_start_loc", batch.query_start_loc, torch.int32, (rows + 1,)),
+        ("batch.seq_lens", batch.seq_lens, torch.int32, (rows,)),
+        ("out", reads, torch.float32, (tokens, rule.read_dim)),
+    )
+    for name, tensor, dtype, shape in expected:
+        if tensor.dtype is not dtype or tensor.shape != shape:
+            raise ValueError(
+                f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    contiguous = (
+        projections.stride(1) == 1
+        and header.stride(1) == 1
+        and batch.block_table.stride(1) == 1
+        and states.stride()[1:] == (state_size, rank * rank, rank, 1)
+        and gate_bias.is_contiguous()
+        and batch.query_start_loc.is_contiguous()
+        and batch.seq_lens.is_contiguous()
+        and reads.is_contiguous()
+    )
+    if not contiguous:
+        layouts = ", ".join(f"{name} {tensor.stride()}" for name, tensor, *_ in expected)
+        raise ValueError(
+            "only the first dimension of projections, pages and block table may be strided, and "
+            f"nothing of the others; got strides {layouts}"
+        )

@@ -1,0 +1,154 @@
+"""The delta rule as it is defined: sequential, readable, on any device, differentiable.
+
+Every faster form is tested against this one. Formulas: arXiv 2605.12357, section 3, and
+`DeltaMemAttention` of declare-lab/delta-Mem @ 5cd5d91 (`_memory_sequence_projections`,
+`_memory_update_coefficients`). The one difference: arithmetic here is in the dtype of the inputs,
+fp32 when serving, where the published code keeps the state in the model's dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from deltamem_vllm.ops.rule import READ_FROM, WRITE_FROM, Batch, DeltaRule, StatePages
+
+NORM_EPS = 1e-6
+
+
+class Activations(NamedTuple):
+    """What T tokens ask and write; each tensor is [T, H, r]."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    keep: Tensor
+    erase: Tensor
+    write: Tensor
+
+
+class Scan(NamedTuple):
+    """What T tokens read, and the state after each of them."""
+
+    reads: Tensor  # [T, H * r]
+    states: Tensor  # [T, H, r, r]
+
+
+def activate(rule: DeltaRule, projections: Tensor, gate_bias: Tensor) -> Activations:
+    """Turn packed projections into queries, keys, values and update factors.
+
+    Args:
+        rule: shapes and options.
+        projections: [T, P], columns as in `DeltaRule`.
+        gate_bias: [gate_bias_dim].
+    """
+    heads = (rule.num_heads, rule.rank)
+    columns = [rule.read_dim] * 3 + [rule.gate_bias_dim]
+    query, key, value, gates = projections.split(columns, dim=-1)
+    query, key, value = (x.unflatten(-1, heads) for x in (query, key, value))
+    if rule.normalize_qk:
+        query = functional.normalize(torch.tanh(query), dim=-1, eps=NORM_EPS)
+        key = functional.normalize(torch.tanh(key), dim=-1, eps=NORM_EPS)
+
+    gates = torch.sigmoid(gates + gate_bias).unflatten(-1, (-1, rule.num_heads, rule.gate_rank))
+    gates = gates.expand(*gates.shape[:-1], rule.rank)
+    beta = gates[..., 0, :, :]
+    keep = 1.0 - beta if rule.couple_lambda else gates[..., 1, :, :]
+    erase = beta
+    if rule.update_mode == "lambda_outside":
+        erase = keep * beta
+    elif rule.update_mode == "no_lambda":
+        keep = torch.ones_like(beta)
+    return Activations(query, key, value, keep, erase, beta)
+
+
+def delta_rule_scan(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    *,
+    read_from: int = 0,
+    write_from: int = 0,
+) -> Scan:
+    """Run the rule over one sequence.
+
+    Per token: read_t = S_{t-1} q_t, and then
+    S_t = diag(keep) S_{t-1} - diag(erase) (S_{t-1} k_t) k_t^T + diag(write) v_t k_t^T.
+
+    Args:
+        rule: shapes and options.
+        projections: [T, P], columns as in `DeltaRule`.
+        gate_bias: [gate_bias_dim].
+        state: [H, r, r] before the first token; not changed.
+        read_from: index of the first token that reads; earlier ones read exactly 0.
+        write_from: index of the first token that writes; earlier ones leave the state as it is.
+    """
+    steps = zip(*activate(rule, projections, gate_bias), strict=True)
+    reads, states = [], []
+    for index, (query, key, value, keep, erase, write) in enumerate(steps):
+        read = _product(state, query) if index >= read_from else torch.zeros_like(query)
+        reads.append(read.flatten())
+        if index >= write_from:
+            change = write * value - erase * _product(state, key)
+            state = keep.unsqueeze(-1) * state + change.unsqueeze(-1) * key.unsqueeze(-2)
+        states.append(state)
+    if not reads:
+        return Scan(projections.new_zeros(0, rule.read_dim), state.new_zeros(0, *state.shape))
+    return Scan(torch.stack(reads), torch.stack(states))
+
+
+def _product(state: Tensor, vector: Tensor) -> Tensor:
+    """S x per head: [H, r, r], [H, r] -> [H, r]."""
+    return (state @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def memory_step(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    pages: StatePages,
+    batch: Batch,
+    reads: Tensor,
+    *,
+    block_size: int,
+    pages_are_initialised: bool,
+) -> None:
+    """One step of all requests; see `deltamem_vllm.ops.memory_step`, whose checks it relies on."""
+    reads.zero_()
+    ring = pages.states.shape[1]
+    starts = batch.query_start_loc.tolist()
+    ends = batch.seq_lens.tolist()
+    queries = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    rows = [row for row, after in enumerate(ends) if after > 0 and queries[row] > 0]
+    # A request may hit, in the prefix cache, a block that another request fills in this very step.
+    # The one that fills it began earlier in its sequence, so the shorter context goes first.
+    rows.sort(key=lambda row: ends[row] - queries[row])
+    for row in rows:
+        after, query = ends[row], queries[row]
+        before = after - query
+        table = batch.block_table[row].tolist()
+        if before == 0 and not pages_are_initialised:
+            state = torch.zeros_like(pages.states[0, 0])
+            header = torch.zeros_like(pages.header[0])
+        else:
+            # Before its first token a request has, at most, what was put into its first page.
+            page = table[max(before - 1, 0) // block_size]
+            state = pages.states[page, before % ring].clone()
+            header = pages.header[page].clone()
+        tokens = slice(starts[row], starts[row] + query)
+        scan = delta_rule_scan(
+            rule,
+            projections[tokens],
+            gate_bias,
+            state,
+            read_from=int(header[READ_FROM]) - before,
+            write_from=int(header[WRITE_FROM]) - before,
+        )
+        reads[tokens] = scan.reads
+        for count in range(before + 1, after + 1):
+            if count % block_size == 0 or count > after - ring:
+                page = table[(count - 1) // block_size]
+                pages.states[page, count % ring] = scan.states[count - before - 1]
+                pages.header[page] = header

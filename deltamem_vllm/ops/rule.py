@@ -1,0 +1,105 @@
+"""What one layer's delta rule looks like, and the tensors that the ops take."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Literal, NamedTuple, get_args
+
+from torch import Tensor
+
+UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
+
+UPDATE_MODES: Final[tuple[UpdateMode, ...]] = get_args(UpdateMode)
+MAX_RANK: Final = 64
+
+READ_FROM: Final = 0
+"""Header word: the first 0-based position that reads the memory; earlier ones read exactly 0."""
+
+WRITE_FROM: Final = 1
+"""Header word: the first 0-based position that writes; earlier ones leave the state untouched."""
+
+
+@dataclass(frozen=True)
+class DeltaRule:
+    """Shapes and options of one layer's memory.
+
+    A token's projections are packed in the columns
+    `q [H*r] | k [H*r] | v [H*r] | beta [gate_dim] | lambda [gate_dim]`, the last group only when
+    lambda is not coupled. Gate biases are packed likewise: `beta | lambda`.
+
+    Args:
+        rank: r; each state is an r x r matrix. Rows are the value dimension, columns the key's.
+        num_heads: H, the number of parallel states (MSW: 4).
+        normalize_qk: q and k pass through tanh and an l2 norm per state head.
+        couple_lambda: lambda = 1 - beta; otherwise lambda has a projection and a bias of its own.
+        rankwise_gates: one gate per row of a state; otherwise one gate per state.
+        update_mode: how beta and lambda become keep, erase and write factors.
+
+    Raises:
+        ValueError: the rank, the number of heads or the update mode is out of range.
+    """
+
+    rank: int
+    num_heads: int = 1
+    normalize_qk: bool = True
+    couple_lambda: bool = True
+    rankwise_gates: bool = True
+    update_mode: UpdateMode = "standard"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.rank <= MAX_RANK:
+            raise ValueError(f"rank must be 1 to {MAX_RANK}, got {self.rank}")
+        if self.num_heads < 1:
+            raise ValueError(f"num_heads must be at least 1, got {self.num_heads}")
+        if self.update_mode not in UPDATE_MODES:
+            raise ValueError(
+                f"update_mode must be one of {', '.join(UPDATE_MODES)}, got {self.update_mode!r}"
+            )
+
+    @cached_property
+    def state_shape(self) -> tuple[int, int, int]:
+        """(H, r, r)."""
+        return (self.num_heads, self.rank, self.rank)
+
+    @cached_property
+    def read_dim(self) -> int:
+        """H * r, the width of a token's read and of each of its q, k and v."""
+        return self.num_heads * self.rank
+
+    @cached_property
+    def gate_rank(self) -> int:
+        """Columns of one gate in one state head."""
+        return self.rank if self.rankwise_gates else 1
+
+    @cached_property
+    def gate_dim(self) -> int:
+        """Columns of one gate: H * r rankwise, else H."""
+        return self.num_heads * self.gate_rank
+
+    @cached_property
+    def gate_bias_dim(self) -> int:
+        """Columns of all gates: beta, and lambda unless it is coupled."""
+        return self.gate_dim * (1 if self.couple_lambda else 2)
+
+    @cached_property
+    def projection_dim(self) -> int:
+        """P, the columns of a token's packed projections."""
+        return 3 * self.read_dim + self.gate_bias_dim
+
+
+class StatePages(NamedTuple):
+    """The state pages of one layer, one page per block of the KV cache.
+
+    The page of block b holds the latest states of the sequence at token counts inside b: the state
+    after n tokens is in ring slot `n % ring` of the page of block `(n - 1) // block_size`.
+    """
+
+    header: Tensor  # [num_blocks, header words] int32, words contiguous, any row stride
+    states: Tensor  # [num_blocks, ring, H, r, r] fp32, any block stride, the rest contiguous
+
+
+class Batch(NamedTuple):
+    """Which tokens of a step belong to which request; R rows, some of which may be padding."""
+
+    block_table: Tensor  # [R, max_blocks] int32, any row stride
+    query_start_loc: Tensor  # [R + 1] int32: row i has tokens [start[i], start[i + 1])
+    seq_lens: Tensor  # [R] int32, tokens after this step (context + query); 0 marks a padded row

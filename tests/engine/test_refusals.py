@@ -1,0 +1,342 @@
+"""Whatever would make memory wrong is refused before weights are loaded, by name, with a remedy."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from vllm import EngineArgs
+from vllm.config import KVTransferConfig
+
+from deltamem_vllm import Memory, MemoryLLM
+from deltamem_vllm.adapter import Adapter, layer_tensor_shapes, save_adapter, tensor_name
+from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.errors import (
+    AdapterError,
+    BackboneError,
+    ConfigError,
+    DeltaMemError,
+    EngineConfigError,
+    MemoryRequestError,
+)
+from deltamem_vllm.memory import OFF
+from deltamem_vllm.offline import memory_overrides
+from tests.helpers import DATA, change_json
+
+CASE = DATA / "qwen3_tsw"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base model without weights: whoever tried to load them would fail in another way."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    shutil.copy(CASE / "model" / "config.json", folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """An adapter that fits `base`, to be spoilt."""
+    return Path(shutil.copytree(CASE / "adapter", tmp_path / "adapter"))
+
+
+def start(model: Path, adapter: Path | None, **arguments: Any) -> MemoryLLM:
+    return MemoryLLM(
+        str(model),
+        adapter=None if adapter is None else str(adapter),
+        **{"skip_tokenizer_init": True, "max_model_len": 256, "block_size": 32, **arguments},
+    )
+
+
+def configure(model: Path, overrides: dict[str, Any], **arguments: Any) -> Any:
+    """What `vllm serve` does before it starts any process."""
+    arguments = {"skip_tokenizer_init": True, "max_model_len": 256, "block_size": 32, **arguments}
+    return EngineArgs(
+        model=str(model), hf_overrides=overrides, **arguments
+    ).create_engine_config()
+
+
+def assert_says(error: BaseException, *words: str) -> None:
+    missing = [word for word in words if word not in str(error)]
+    assert not missing, f"{missing} not in: {error}"
+
+
+# Adapters
+
+
+def test_adapter_for_another_hidden_size_is_refused(base: Path, adapter: Path) -> None:
+    change_json(base / "config.json", hidden_size=128)
+    with pytest.raises(BackboneError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, str(adapter), "hidden_size is 64", "128", "Use the base that")
+
+
+def test_adapter_for_another_number_of_layers_is_refused(base: Path, adapter: Path) -> None:
+    change_json(base / "config.json", num_hidden_layers=4, layer_types=["full_attention"] * 4)
+    with pytest.raises(BackboneError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, "layers 0-2", "4 layers", "0-3")
+
+
+def test_adapter_without_one_of_its_tensors_is_refused(base: Path, adapter: Path) -> None:
+    path = adapter / "delta_mem_adapter.pt"
+    tensors = torch.load(path, weights_only=True)
+    del tensors["model.layers.1.self_attn.beta_proj"]
+    torch.save(tensors, path)
+    with pytest.raises(AdapterError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, "missing tensor model.layers.1.self_attn.beta_proj", "same export")
+
+
+def test_truncated_adapter_is_refused(base: Path, adapter: Path) -> None:
+    path = adapter / "delta_mem_adapter.pt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(AdapterError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, str(path), "damaged", "get it again")
+
+
+def test_unknown_option_of_an_adapter_is_refused(base: Path, adapter: Path) -> None:
+    change_json(adapter / "delta_mem_config.json", couple_lamda=False)
+    with pytest.raises(ConfigError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, "couple_lamda", "did you mean couple_lambda?")
+
+
+def test_adapter_that_writes_whole_messages_is_refused(base: Path, adapter: Path) -> None:
+    change_json(adapter / "delta_mem_config.json", memory_write_granularity="message_mean")
+    with pytest.raises(EngineConfigError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, "memory_write_granularity='message_mean'", "only 'token'")
+
+
+def test_missing_adapter_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError) as refusal:
+        start(base, tmp_path / "nothing here")
+    assert_says(refusal.value, "nothing here", "no such folder")
+
+
+# Base models and linked checkpoints
+
+
+def test_unknown_backbone_is_refused_with_the_known_ones(base: Path, adapter: Path) -> None:
+    change_json(base / "config.json", architectures=["GPT2LMHeadModel"])
+    with pytest.raises(BackboneError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, str(base), "GPT2LMHeadModel", "Qwen3ForCausalLM", "LlamaForCausalLM")
+
+
+def test_stock_checkpoint_without_an_adapter_is_refused(base: Path) -> None:
+    with pytest.raises(BackboneError) as refusal:
+        start(base, None)
+    assert_says(refusal.value, str(base), "adapter=", "deltamem adapter link")
+
+
+def test_linked_checkpoint_without_its_key_is_refused(base: Path) -> None:
+    change_json(base / "config.json", architectures=["DeltaMemQwen3ForCausalLM"])
+    with pytest.raises(ConfigError) as refusal:
+        start(base, None)
+    assert_says(refusal.value, "no 'deltamem' key", "deltamem adapter link", "--hf-overrides")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"adapter": "deltamem_adapter", "max_kv_shar": 0.2}, ["max_kv_shar:", "not permitted"]),
+        ({"adapter": "deltamem_adapter", "max_kv_share": 0}, ["max_kv_share:", "greater than 0"]),
+        ({"max_kv_share": 0.2}, ["adapter:", "required"]),
+        ("deltamem_adapter", ["'deltamem' key"]),
+    ],
+)
+def test_malformed_deltamem_key_is_refused(base: Path, settings: object, words: list[str]) -> None:
+    change_json(
+        base / "config.json", architectures=["DeltaMemQwen3ForCausalLM"], deltamem=settings
+    )
+    with pytest.raises(ConfigError) as refusal:
+        start(base, None)
+    assert_says(refusal.value, "the 'deltamem' key of config.json is not valid", *words)
+
+
+# Engine settings
+
+OTHER_CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+
+
+@pytest.mark.parametrize(
+    ("setting", "flag"),
+    [
+        ({"prefix_match_unit": 16}, "--prefix-match-unit"),
+        (
+            {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
+            "--decode-context-parallel-size",
+        ),
+        ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
+        ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"speculative_config": DRAFTS}, "--speculative-config"),
+        ({"kv_transfer_config": OTHER_CONNECTOR}, "'ExampleConnector'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_unsupported_engine_setting_is_refused(
+    base: Path, adapter: Path, setting: dict[str, Any], flag: str
+) -> None:
+    overrides = memory_overrides(str(base), str(adapter))
+    with pytest.raises(ValidationError) as refusal:
+        configure(base, overrides, **setting)
+    assert_says(refusal.value, "delta-mem does not support", flag, "Remove that setting")
+    if "kv_transfer_config" not in setting:
+        with pytest.raises(EngineConfigError, match=flag):
+            start(base, adapter, **setting)
+
+
+def test_prefix_match_unit_of_a_whole_block_is_accepted(base: Path, adapter: Path) -> None:
+    configure(base, memory_overrides(str(base), str(adapter)), prefix_match_unit=32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("kv_transfer_config", OTHER_CONNECTOR),
+        ("kv_transfer_config", None),
+        ("worker_extension_cls", "some.module.Extension"),
+    ],
+)
+def test_argument_that_memory_llm_sets_itself_is_refused(
+    base: Path, adapter: Path, name: str, value: object
+) -> None:
+    with pytest.raises(EngineConfigError) as refusal:
+        start(base, adapter, **{name: value})
+    assert_says(refusal.value, name, "leave it out")
+
+
+def test_overrides_that_are_not_a_dict_are_refused(base: Path, adapter: Path) -> None:
+    with pytest.raises(EngineConfigError) as refusal:
+        start(base, adapter, hf_overrides=lambda config: config)
+    assert_says(refusal.value, "hf_overrides", "dict")
+
+
+@pytest.mark.parametrize("wanted", [None, False])
+def test_mix_of_window_and_full_attention_shares_one_block_table(
+    base: Path, adapter: Path, wanted: bool | None
+) -> None:
+    change_json(
+        base / "config.json",
+        layer_types=["sliding_attention", "full_attention", "full_attention"],
+        use_sliding_window=True,
+        sliding_window=64,
+    )
+    config = configure(
+        base,
+        memory_overrides(str(base), str(adapter)),
+        disable_hybrid_kv_cache_manager=wanted,
+    )
+    assert config.scheduler_config.disable_hybrid_kv_cache_manager is True
+
+
+def test_hf_overrides_of_the_command_line_serve_a_stock_base(base: Path, adapter: Path) -> None:
+    given = json.loads(
+        '{"architectures": ["DeltaMemQwen3ForCausalLM"], "deltamem": {"adapter": "%s"}}' % adapter
+    )
+    config = configure(base, given)
+    assert config.model_config.architecture == "DeltaMemQwen3ForCausalLM"
+    assert len(config.additional_config["deltamem_adapter"]) == 64
+    with pytest.raises(ValidationError, match="no 'deltamem' key"):
+        configure(base, {"architectures": given["architectures"]})
+
+
+def test_compiled_graphs_of_two_adapters_are_kept_apart(base: Path, adapter: Path) -> None:
+    overrides = memory_overrides(str(base), str(adapter))
+    first = configure(base, overrides).compute_hash()
+    assert configure(base, overrides).compute_hash() == first
+    change_json(adapter / "delta_mem_config.json", alpha=8.0)
+    other = memory_overrides(str(base), str(shutil.copytree(adapter, adapter.parent / "other")))
+    assert configure(base, other).compute_hash() != first
+
+
+# The share of the KV cache
+
+
+def write_rank_64_adapter(folder: Path) -> Path:
+    """State pages as large as the K/V of a block of 32 tokens of the tiny backbone."""
+    config = DeltaMemConfig(rank=64, delta_heads=("q", "o"))
+    shapes = layer_tensor_shapes(config, hidden_size=64, q_size=128, kv_size=64)
+    tensors = {
+        tensor_name(layer, name): torch.zeros(shape)
+        for layer in range(3)
+        for name, shape in shapes.items()
+    }
+    return save_adapter(Adapter.from_tensors(config, tensors), folder)
+
+
+def test_state_pages_above_the_allowed_share_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(EngineConfigError) as refusal:
+        start(CASE / "model", write_rank_64_adapter(tmp_path / "wide"), enforce_eager=True)
+    assert_says(refusal.value, "50.1% of the KV cache", "max_kv_share=50%", "--block-size 512")
+
+
+def test_large_state_pages_come_with_a_warning_and_a_better_block_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    adapter = write_rank_64_adapter(tmp_path / "wide")
+    for block_size, warned in [(64, True), (512, False)]:
+        caplog.clear()
+        start(
+            CASE / "model",
+            adapter,
+            block_size=block_size,
+            max_model_len=512,
+            enforce_eager=True,
+        )
+        warnings = [
+            record.getMessage()
+            for record in caplog.records
+            if record.levelno == logging.WARNING and "of the KV cache" in record.getMessage()
+        ]
+        assert len(warnings) == warned
+        assert all("--block-size 512" in warning for warning in warnings)
+
+
+# A request's memory
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({}, ["'read_write' needs a session"]),
+        ({"mode": "read_only"}, ["'read_only' needs a session"]),
+        ({"mode": "off", "session": "a"}, ['"off"', "cannot name a session"]),
+        ({"session": ""}, ["session:", "at least 1"]),
+        ({"session": "a" * 257}, ["session:", "at most 256"]),
+        ({"session": 7}, ["session:", "string"]),
+        ({"session": b"a"}, ["session:", "string"]),
+        ({"session": "a", "mode": "write"}, ["mode:", "'read_write', 'read_only' or 'off'"]),
+        ({"session": "a", "mode": None}, ["mode:"]),
+        ({"session": "a", "sesion": "b", "ttl": 3}, ["sesion:", "ttl:"]),
+    ],
+)
+def test_contradicting_or_mistyped_memory_is_refused(
+    fields: dict[str, Any], words: list[str]
+) -> None:
+    with pytest.raises(MemoryRequestError) as refusal:
+        Memory(**fields)
+    assert_says(refusal.value, "memory", *words)
+
+
+def test_memory_cannot_be_changed_once_it_was_checked() -> None:
+    memory = Memory(session="a")
+    with pytest.raises(ValidationError):
+        memory.mode = "off"
+    assert (OFF.session, OFF.mode) == (None, "off")
+
+
+def test_every_refusal_is_one_of_the_packages_errors_and_a_value_error() -> None:
+    for error in (AdapterError, BackboneError, ConfigError, EngineConfigError, MemoryRequestError):
+        assert issubclass(error, DeltaMemError)
+        assert issubclass(error, ValueError)

@@ -1,0 +1,93 @@
+"""What tests of the engine share."""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm import SamplingParams
+
+DATA = Path(__file__).parent / "parity" / "data"
+"""Golden cases: `<case>/model` is a tiny checkpoint without tokenizer, with its `<case>/adapter`."""
+
+VOCAB = 320
+"""Vocabulary of every golden case's backbone."""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+    "{% if add_generation_prompt %}assistant{% endif %}"
+)
+
+
+def full_logprobs(rows: Sequence[Mapping[int, Any]], vocab: int = VOCAB) -> Tensor:
+    """vLLM's per-token dicts of all logprobs as a tensor [rows, vocab]."""
+    table = torch.full((len(rows), vocab), float("nan"))
+    for index, row in enumerate(rows):
+        for token, logprob in row.items():
+            table[index, token] = logprob.logprob
+    return table
+
+
+def output_logprobs(output: Any) -> Tensor:
+    """All logprobs of a request's sampled tokens, [tokens, vocab]."""
+    table = full_logprobs(output.outputs[0].logprobs)
+    assert not table.isnan().any()
+    return table
+
+
+def random_tokens(seed: int, length: int) -> list[int]:
+    """Token ids of a golden case's vocabulary, without padding and end of text."""
+    return random.Random(seed).choices(range(2, VOCAB), k=length)
+
+
+def greedy(max_tokens: int = 4, **fields: Any) -> SamplingParams:
+    """Greedy sampling with the logprobs of the whole vocabulary."""
+    defaults = {"ignore_eos": True, "detokenize": False}
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, logprobs=VOCAB, **{**defaults, **fields}
+    )
+
+
+def assert_states_close(
+    actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float = 1e-5
+) -> None:
+    """All layers' states agree within `tolerance * max(1, max|S|)`."""
+    assert set(actual) == set(expected)
+    for name, state in expected.items():
+        bound = tolerance * max(1.0, state.abs().max().item())
+        torch.testing.assert_close(actual[name], state, rtol=0, atol=bound)
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    """Set keys of a JSON object in a file; None removes the key."""
+    content = {**json.loads(path.read_text()), **changes}
+    kept = {name: value for name, value in content.items() if value is not None}
+    path.write_text(json.dumps(kept))
+
+
+def with_word_tokenizer(model: Path, target: Path) -> Path:
+    """A copy, by links, of a golden case's checkpoint that reads and writes text.
+
+    Token i is the word "w<i>", a few are role names; the chat template is one line of words.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    target.mkdir(parents=True)
+    for file in model.iterdir():
+        (target / file.name).symlink_to(file)
+    words = {f"w{index}": index for index in range(VOCAB)}
+    for index, name in enumerate(["<pad>", "<eos>", "<unk>", "system", "user", "assistant"]):
+        del words[f"w{index}"]
+        words[name] = index
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(target)
+    return target

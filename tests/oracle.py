@@ -1,0 +1,52 @@
+"""An independent answer: transformers in fp32, the sequential definition, request by request."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from deltamem_vllm.adapter import load_adapter
+from deltamem_vllm.training.attached import AttachedMemory
+
+
+class Answer(NamedTuple):
+    """What a model makes of one token sequence."""
+
+    logprobs: Tensor  # [T, vocab] fp32: row t predicts token t + 1
+    state: dict[str, Tensor]  # layer name -> [H, r, r] after the last token
+
+
+class Oracle:
+    """A backbone with its adapter, run token by token through the definition of the memory."""
+
+    def __init__(self, model: Path, adapter: Path) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        )
+        loaded = load_adapter(adapter)
+        self.memory = AttachedMemory(self.model, loaded.config)
+        self.memory.load_adapter(loaded)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        tokens: list[int],
+        *,
+        state: dict[str, Tensor] | None = None,
+        writes: bool = True,
+        reads: bool = True,
+    ) -> Answer:
+        self.memory.reset()
+        self.memory.write_enabled, self.memory.read_enabled = writes, reads
+        if state is not None:
+            self.memory.load_states(
+                {int(name.split(".")[2]): value[None] for name, value in state.items()}
+            )
+        logits = self.model(torch.tensor([tokens]), use_cache=False).logits[0]
+        states = {
+            f"model.layers.{index}.self_attn": value[0].clone()
+            for index, value in self.memory.states.items()
+        }
+        return Answer(torch.log_softmax(logits, dim=-1), states)
