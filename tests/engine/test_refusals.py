@@ -15,6 +15,7 @@ from vllm.config import KVTransferConfig
 from deltamem_vllm import Memory, MemoryLLM
 from deltamem_vllm.adapter import Adapter, layer_tensor_shapes, save_adapter, tensor_name
 from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.engine import memory_layer
 from deltamem_vllm.errors import (
     AdapterError,
     BackboneError,
@@ -25,9 +26,16 @@ from deltamem_vllm.errors import (
 )
 from deltamem_vllm.memory import OFF
 from deltamem_vllm.offline import memory_overrides
-from tests.helpers import DATA, change_json
+from tests.helpers import DATA, change_json, running
 
 CASE = DATA / "qwen3_tsw"
+ARGUMENTS = {
+    "dtype": "float32",
+    "max_model_len": 256,
+    "block_size": 32,
+    "enforce_eager": True,
+    "skip_tokenizer_init": True,
+}
 
 
 @pytest.fixture
@@ -49,15 +57,14 @@ def start(model: Path, adapter: Path | None, **arguments: Any) -> MemoryLLM:
     return MemoryLLM(
         str(model),
         adapter=None if adapter is None else str(adapter),
-        **{"skip_tokenizer_init": True, "max_model_len": 256, "block_size": 32, **arguments},
+        **{**ARGUMENTS, **arguments},
     )
 
 
 def configure(model: Path, overrides: dict[str, Any], **arguments: Any) -> Any:
     """What `vllm serve` does before it starts any process."""
-    arguments = {"skip_tokenizer_init": True, "max_model_len": 256, "block_size": 32, **arguments}
     return EngineArgs(
-        model=str(model), hf_overrides=overrides, **arguments
+        model=str(model), hf_overrides=overrides, **{**ARGUMENTS, **arguments}
     ).create_engine_config()
 
 
@@ -154,9 +161,7 @@ def test_linked_checkpoint_without_its_key_is_refused(base: Path) -> None:
     ],
 )
 def test_malformed_deltamem_key_is_refused(base: Path, settings: object, words: list[str]) -> None:
-    change_json(
-        base / "config.json", architectures=["DeltaMemQwen3ForCausalLM"], deltamem=settings
-    )
+    change_json(base / "config.json", architectures=["DeltaMemQwen3ForCausalLM"], deltamem=settings)
     with pytest.raises(ConfigError) as refusal:
         start(base, None)
     assert_says(refusal.value, "the 'deltamem' key of config.json is not valid", *words)
@@ -276,31 +281,32 @@ def write_rank_64_adapter(folder: Path) -> Path:
 
 def test_state_pages_above_the_allowed_share_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineConfigError) as refusal:
-        start(CASE / "model", write_rank_64_adapter(tmp_path / "wide"), enforce_eager=True)
+        start(CASE / "model", write_rank_64_adapter(tmp_path / "wide"))
     assert_says(refusal.value, "50.1% of the KV cache", "max_kv_share=50%", "--block-size 512")
 
 
+@pytest.mark.parametrize(("block_size", "warned"), [(64, True), (512, False)])
 def test_large_state_pages_come_with_a_warning_and_a_better_block_size(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    block_size: int,
+    warned: bool,
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     adapter = write_rank_64_adapter(tmp_path / "wide")
-    for block_size, warned in [(64, True), (512, False)]:
-        caplog.clear()
-        start(
-            CASE / "model",
-            adapter,
-            block_size=block_size,
-            max_model_len=512,
-            enforce_eager=True,
-        )
-        warnings = [
-            record.getMessage()
-            for record in caplog.records
-            if record.levelno == logging.WARNING and "of the KV cache" in record.getMessage()
-        ]
-        assert len(warnings) == warned
-        assert all("--block-size 512" in warning for warning in warnings)
+    log = logging.getLogger(f"vllm.{memory_layer.__name__}")
+    log.addHandler(caplog.handler)
+    try:
+        with running(start(CASE / "model", adapter, block_size=block_size, max_model_len=512)):
+            pass
+    finally:
+        log.removeHandler(caplog.handler)
+    warnings = [
+        record.getMessage()
+        for record in caplog.records
+        if record.levelno == logging.WARNING and "of the KV cache" in record.getMessage()
+    ]
+    assert len(warnings) == warned
+    assert all("33.42%" in warning and "--block-size 512" in warning for warning in warnings)
 
 
 # A request's memory

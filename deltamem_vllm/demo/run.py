@@ -1,0 +1,249 @@
+"""The demo: facts are told, their text and KV cache deleted, and asked for from memory alone.
+
+Every answer comes from the real engine. For each conversation of the test split, which no training
+text contained, the same question is asked three ways:
+
+- full history: the conversation and the question in one prompt, memory off;
+- nothing: the question alone, memory off;
+- memory: the conversation is written into a session in one request; its text is dropped and the
+  prefix cache is reset; then the question alone is asked of the session, read_only.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+from vllm import RequestOutput, SamplingParams
+
+from deltamem_vllm.demo.assets import DEMO_ADAPTERS, DemoAdapter, adapter_dir, model_dir
+from deltamem_vllm.demo.facts import Conversation, Kind, held_out_conversations
+from deltamem_vllm.memory import OFF, Memory
+from deltamem_vllm.offline import MemoryLLM
+
+WEAKNESSES: Final = (
+    "Weak: recall falls with the number of facts, and a small state forgets older ones first. "
+    "The model has 0.8 M parameters and knows one narrow kind of dialogue; one training seed."
+)
+"""The demo's last line."""
+
+FULL, NOTHING, OTHER = "full history", "nothing", "another's memory"
+
+GROUPS: Final[tuple[tuple[Kind, int], ...]] = (
+    ("told", 1),
+    ("told", 2),
+    ("told", 4),
+    ("told", 8),
+    ("overwritten", 4),
+    ("untold", 4),
+)
+"""What is asked for: the kind of fact, and how many facts its conversation tells."""
+
+ANSWER: Final = SamplingParams(temperature=0, max_tokens=24)
+WRITE: Final = SamplingParams(temperature=0, max_tokens=1)
+
+
+@dataclass
+class Cell:
+    """One condition on one group of conversations."""
+
+    asked: int = 0
+    right: int = 0
+    prompt_tokens: int = 0
+    """Of the asking requests, all together."""
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / max(1, self.asked)
+
+
+@dataclass
+class Report:
+    """All conditions on all groups, and what a conversation holds in memory."""
+
+    cells: dict[tuple[Kind, int, str], Cell] = field(default_factory=dict)
+    kv_bytes_per_token: int = 0
+    state_bytes: dict[str, int] = field(default_factory=dict)
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy by condition and group, flat."""
+        return {
+            f"{condition}/{kind}/{facts}".replace(" ", "_"): cell.accuracy
+            for (kind, facts, condition), cell in self.cells.items()
+        }
+
+
+def run(conversations_per_group: int, console: Console) -> Report:
+    """Ask everything of the demo model with each of its adapters; print as it goes."""
+    report = Report()
+    groups = {
+        (kind, facts): held_out_conversations(conversations_per_group, facts, kind)
+        for kind, facts in GROUPS
+    }
+    for name in DEMO_ADAPTERS:
+        console.print(f"[bold]Starting vLLM with the {name.upper()} adapter[/bold] ...")
+        llm = MemoryLLM(
+            str(model_dir()),
+            adapter=str(adapter_dir(name)),
+            dtype="float32",
+            max_model_len=2048,
+            enforce_eager=True,
+            max_num_seqs=64,
+        )
+        report.kv_bytes_per_token = kv_bytes_per_token(llm)
+        if name == DEMO_ADAPTERS[0]:
+            show_one(llm, groups["told", 2][0], console)
+        for (kind, facts), conversations in groups.items():
+            conditions = memory_conditions(llm, name, conversations)
+            if name == DEMO_ADAPTERS[0]:
+                conditions = {**text_conditions(llm, conversations), **conditions}
+            report.cells |= {(kind, facts, key): cell for key, cell in conditions.items()}
+            console.print(
+                f"  {kind}, {facts} fact(s): "
+                + ", ".join(f"{key} {cell.accuracy:.2f}" for key, cell in conditions.items())
+            )
+        report.state_bytes[name] = sum(
+            state.nbytes for state in llm.sessions[session(name, 0)].state.values()
+        )
+    return report
+
+
+def text_conditions(llm: MemoryLLM, conversations: Sequence[Conversation]) -> dict[str, Cell]:
+    """The base model, with the whole conversation in the prompt and with none of it."""
+    full = [[*told(one), *question(one)] for one in conversations]
+    alone = [question(one) for one in conversations]
+    return {
+        FULL: graded(conversations, ask(llm, full, OFF)),
+        NOTHING: graded(conversations, ask(llm, alone, OFF)),
+    }
+
+
+def memory_conditions(
+    llm: MemoryLLM, name: DemoAdapter, conversations: Sequence[Conversation]
+) -> dict[str, Cell]:
+    """Write every conversation into a session, delete text and KV, ask each session, read_only.
+
+    As a control, each question is also asked of another conversation's session.
+    """
+    llm.sessions.clear()
+    names = [session(name, index) for index in range(len(conversations))]
+    llm.chat(
+        [told(one) for one in conversations],
+        WRITE,
+        memory=[Memory(session=one) for one in names],
+        add_generation_prompt=False,
+        use_tqdm=False,
+    )
+    llm.reset_prefix_cache()
+    alone = [question(one) for one in conversations]
+    own = [Memory(session=one, mode="read_only") for one in names]
+    return {
+        name: graded(conversations, ask(llm, alone, own)),
+        f"{name}, {OTHER}": graded(conversations, ask(llm, alone, own[1:] + own[:1])),
+    }
+
+
+def show_one(llm: MemoryLLM, conversation: Conversation, console: Console) -> None:
+    """One conversation in full, so that a reader sees what is done."""
+    (cell,) = [memory_conditions(llm, "tsw", [conversation])["tsw"]]
+    console.print("\nTold, in a request of its own:")
+    for message in told(conversation):
+        console.print(f"  [dim]{message['role']}:[/dim] {message['content']}")
+    console.print("Text dropped, KV cache reset; only the session's state is left. Asked:")
+    console.print(f"  [dim]user:[/dim] {conversation.questions[0].text}")
+    (output,) = ask(
+        llm, [question(conversation)], Memory(session=session("tsw", 0), mode="read_only")
+    )
+    console.print(f"  [dim]with the memory:[/dim] {output.outputs[0].text.strip()}")
+    (output,) = ask(llm, [question(conversation)], OFF)
+    console.print(f"  [dim]without:[/dim] {output.outputs[0].text.strip()}")
+    verdict = "right" if cell.right else "wrong"
+    console.print(f"  ({conversation.questions[0].answer!r} was expected: {verdict})\n")
+
+
+def ask(
+    llm: MemoryLLM, prompts: list[list[dict[str, str]]], memory: Memory | list[Memory]
+) -> list[RequestOutput]:
+    """Greedy answers, all in one batch."""
+    return llm.chat(prompts, ANSWER, memory=memory, use_tqdm=False)
+
+
+def graded(conversations: Sequence[Conversation], outputs: Sequence[RequestOutput]) -> Cell:
+    """Exact match of the whole answer."""
+    cell = Cell()
+    for conversation, output in zip(conversations, outputs, strict=True):
+        cell.asked += 1
+        cell.right += output.outputs[0].text.strip() == conversation.questions[0].answer
+        cell.prompt_tokens += len(output.prompt_token_ids or ())
+    return cell
+
+
+def told(conversation: Conversation) -> list[dict[str, str]]:
+    return [message.as_dict() for message in conversation.messages]
+
+
+def question(conversation: Conversation) -> list[dict[str, str]]:
+    return [{"role": "user", "content": conversation.questions[0].text}]
+
+
+def session(adapter: str, index: int) -> str:
+    return f"{adapter} {index}"
+
+
+def kv_bytes_per_token(llm: MemoryLLM) -> int:
+    """Keys and values of one token in all layers."""
+    config: Any = llm.llm_engine.vllm_config.model_config.hf_config
+    return 2 * 4 * int(config.num_hidden_layers * config.num_key_value_heads * config.head_dim)
+
+
+def table(report: Report) -> Table:
+    """Accuracy by what was asked, and what it costs to ask."""
+    result = Table(title="Exact answers on facts that no training text contained")
+    result.add_column("asked for")
+    conditions = [FULL, NOTHING, *DEMO_ADAPTERS, *(f"{name}, {OTHER}" for name in DEMO_ADAPTERS)]
+    for condition in conditions:
+        result.add_column(label(condition), justify="right")
+    for kind, facts in GROUPS:
+        cells = [report.cells[kind, facts, condition] for condition in conditions]
+        result.add_row(row_name(kind, facts), *(f"{cell.accuracy:.2f}" for cell in cells))
+    result.add_section()
+    for title, value in COSTS.items():
+        values = [value(report, condition) for condition in conditions]
+        result.add_row(title, *(f"{number:,.0f}" for number in values))
+    return result
+
+
+def label(condition: str) -> str:
+    return f"memory {condition.upper()}" if condition in DEMO_ADAPTERS else condition
+
+
+def row_name(kind: Kind, facts: int) -> str:
+    names = {
+        "told": f"a fact, of {facts} told",
+        "overwritten": f"a corrected fact, of {facts}",
+        "untold": f"a fact never told ({facts} others were)",
+    }
+    return names[kind]
+
+
+def prompt_tokens(report: Report, condition: str) -> float:
+    """Mean prompt tokens of an asking request, in conversations of 8 facts."""
+    cell = report.cells["told", 8, condition]
+    return cell.prompt_tokens / max(1, cell.asked)
+
+
+def history_bytes(report: Report, condition: str) -> float:
+    """What the engine holds for the history of 8 facts: KV cache, or a state."""
+    if condition == NOTHING:
+        return 0.0
+    if condition == FULL:
+        history = prompt_tokens(report, FULL) - prompt_tokens(report, NOTHING)
+        return history * report.kv_bytes_per_token
+    return float(report.state_bytes[condition.partition(",")[0]])
+
+
+COSTS: Final[dict[str, Callable[[Report, str], float]]] = {
+    "prompt tokens (8 facts)": prompt_tokens,
+    "bytes held for the history": history_bytes,
+}

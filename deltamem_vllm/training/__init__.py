@@ -1,0 +1,4 @@
+"""Training on plain PyTorch and transformers: adapters for any backbone, and the demo model.
+
+Nothing here imports vLLM.
+"""

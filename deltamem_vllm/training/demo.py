@@ -1,0 +1,135 @@
+"""Reproduces the demo model from seeds: `python -m deltamem_vllm.training.demo --out DIR`.
+
+Trains the backbone, then one adapter of each kind on it, then evaluates on the test split. Weights
+are reproducible on one machine with one thread; other CPUs round differently.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from deltamem_vllm.adapter import load_adapter, save_adapter
+from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.demo.tokenizer import build_tokenizer, save_tokenizer
+from deltamem_vllm.training.adapter_trainer import AdapterTraining, train_adapter
+from deltamem_vllm.training.attached import AttachedMemory, attach
+from deltamem_vllm.training.backbone import (
+    BackboneTraining,
+    backbone_config,
+    save_backbone,
+    train_backbone,
+)
+from deltamem_vllm.training.demo_data import AdapterData, adapter_batches
+from deltamem_vllm.training.encoding import ChatEncoder
+from deltamem_vllm.training.evaluate import Score, evaluate, table
+
+VOCABULARY = 1300
+"""The least at which every value of the demo is one token."""
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """One shipped adapter."""
+
+    config: DeltaMemConfig
+    data: AdapterData
+    training: AdapterTraining
+    seed: int = 0
+
+
+def _adapter_plan(state_heads: int, steps: int) -> AdapterPlan:
+    return AdapterPlan(
+        config=DeltaMemConfig(
+            rank=8,
+            alpha=16.0,
+            num_state_heads=state_heads,
+            delta_heads=("q", "o"),
+            output_init="random",
+            # Output weights of standard deviation 0.3; at 0.05 learning is far slower.
+            online_gain=1.47 * state_heads**0.5,
+            beta_bias_init=-1.0,
+        ),
+        data=AdapterData(steps=steps),
+        training=AdapterTraining(steps=steps),
+    )
+
+
+ADAPTERS = {"tsw": _adapter_plan(1, 1000), "msw": _adapter_plan(4, 1000)}
+
+
+def load_backbone(directory: Path) -> tuple[Qwen3ForCausalLM, ChatEncoder]:
+    """The trained backbone and the encoder of its tokenizer."""
+    model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokenizer = cast(PreTrainedTokenizerFast, AutoTokenizer.from_pretrained(directory))
+    return model.eval(), ChatEncoder(tokenizer)
+
+
+def make_backbone(directory: Path, plan: BackboneTraining) -> None:
+    """Trains the tokenizer and the backbone into `directory`."""
+    tokenizer = build_tokenizer(VOCABULARY, plan.seed)
+    save_tokenizer(tokenizer, directory)
+    encoder = ChatEncoder(tokenizer)
+    config = backbone_config(len(tokenizer), encoder.pad, encoder.end)
+    model = train_backbone(encoder, config, plan, lambda m, _: save_backbone(m, directory))
+    save_backbone(model, directory)
+
+
+def make_adapter(backbone: Path, directory: Path, plan: AdapterPlan) -> None:
+    """Trains one adapter on a trained backbone into `directory`."""
+    model, encoder = load_backbone(backbone)
+    torch.manual_seed(plan.seed)
+    memory = AttachedMemory(model, plan.config)
+
+    def save(_: int) -> None:
+        save_adapter(memory.adapter(), directory, overwrite=True)
+
+    train_adapter(model, memory, adapter_batches(plan.data, encoder), plan.training, save)
+    save(plan.training.steps)
+
+
+def evaluate_all(out: Path, count: int) -> list[Score]:
+    """The backbone alone, then each adapter that is in `out`, on the test split."""
+    model, encoder = load_backbone(out / "model")
+    scores = evaluate(model, None, encoder, None, count)
+    for name in ADAPTERS:
+        if (out / "adapters" / name).is_dir():
+            memory = attach(model, load_adapter(out / "adapters" / name))
+            scores += evaluate(model, memory, encoder, name, count)
+            memory.detach()
+    return scores
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m deltamem_vllm.training.demo")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model/ and adapters/")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=["backbone", *ADAPTERS, "evaluate"],
+        default=["backbone", *ADAPTERS, "evaluate"],
+        help="parts to make; adapters need the backbone in --out",
+    )
+    parser.add_argument("--count", type=int, default=300, help="test conversations per cell")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    out: Path = options.out
+    if "backbone" in options.only:
+        make_backbone(out / "model", BackboneTraining())
+    for name, plan in ADAPTERS.items():
+        if name in options.only:
+            make_adapter(out / "model", out / "adapters" / name, plan)
+    if "evaluate" in options.only:
+        scores = evaluate_all(out, options.count)
+        (out / "results.json").write_text(json.dumps([s.as_dict() for s in scores], indent=1))
+        print(table(scores))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The demo's conversations as adapter batches, in the ways an engine writes and asks."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal
+
+from deltamem_vllm.demo.facts import Conversation, TrainingMix, training_conversation
+from deltamem_vllm.training.adapter_trainer import AdapterBatch, EncodedHistory, collate
+from deltamem_vllm.training.encoding import ChatEncoder, EncodedAnswer
+
+WriteMode = Literal["joint", "turns", "pending"]
+"""How a history reaches the memory: in one prefill; one request per turn; or one request per turn
+where the reply's end token, sampled but never fed, is the first token of the next request."""
+
+WRITE_MODES: tuple[WriteMode, ...] = ("joint", "turns", "pending")
+
+
+@dataclass(frozen=True)
+class AdapterData:
+    """The adapter's stream of conversations: a curriculum from one to `max_facts` facts.
+
+    One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`.
+    """
+
+    steps: int
+    batch: int = 12
+    max_facts: int = 12
+    hold_share: float = 0.15
+    ramp_end: float = 0.65
+    overwrite_share: float = 0.25
+    untold_share: float = 0.25
+    foreign_value_share: float = 0.1
+    questions: int = 6
+    seed: int = 0
+
+    def mix(self, step: int) -> TrainingMix:
+        """The conversations of one step."""
+        progress = (step / self.steps - self.hold_share) / (self.ramp_end - self.hold_share)
+        share = min(1.0, max(0.0, progress))
+        return TrainingMix(
+            max_facts=round(1 + share * (self.max_facts - 1)),
+            overwrite_share=self.overwrite_share,
+            untold_share=self.untold_share,
+            foreign_value_share=self.foreign_value_share,
+            questions=self.questions,
+        )
+
+
+def encode_history(
+    conversation: Conversation, encoder: ChatEncoder, mode: WriteMode
+) -> EncodedHistory:
+    """Renders a conversation for writing in one of the modes, and its questions for asking."""
+    chunks, weights = [], []
+    for turn in conversation.turns():
+        chunks.append([token for m in turn for token in encoder.message(m)])
+        weights.append([w for m in turn for w in encoder.reply_weights(m)])
+    questions = [encoder.question(q) for q in conversation.questions]
+    if mode == "joint" and chunks:
+        chunks, weights = [list(chain(*chunks))], [list(chain(*weights))]
+    if mode == "pending" and chunks:
+        chunks = [[*([encoder.end] if i else []), *c[:-1]] for i, c in enumerate(chunks)]
+        weights = [[*([0.0] if i else []), *w[:-1]] for i, w in enumerate(weights)]
+        questions = [
+            EncodedAnswer([encoder.end, *q.prompt], q.answer, q.weights) for q in questions
+        ]
+    return EncodedHistory(chunks, weights, questions)
+
+
+def encode_batch(
+    conversations: Sequence[Conversation], encoder: ChatEncoder, modes: Sequence[WriteMode]
+) -> AdapterBatch:
+    """One batch; `modes[i]` is how conversation i is written."""
+    pairs = zip(conversations, modes, strict=True)
+    return collate([encode_history(c, encoder, mode) for c, mode in pairs], encoder.pad)
+
+
+def adapter_batches(data: AdapterData, encoder: ChatEncoder) -> Iterator[AdapterBatch]:
+    """Batches of conversations of similar length, each conversation written in a random mode."""
+    rng = random.Random(data.seed)
+    waiting: list[list[Conversation]] = []
+    for step in range(data.steps):
+        if not waiting:
+            waiting = similar_batches(rng, data.mix(step), data.batch)
+        conversations = waiting.pop()
+        modes = rng.choices(WRITE_MODES, weights=(2, 1, 1), k=len(conversations))
+        yield encode_batch(conversations, encoder, modes)
+
+
+def similar_batches(rng: random.Random, mix: TrainingMix, batch: int) -> list[list[Conversation]]:
+    """Eight batches of conversations of similar length, in random order: less padding to compute.
+
+    Conversations without any message (nothing told) are included.
+    """
+    drawn = [training_conversation(rng, mix) for _ in range(8 * batch)]
+    drawn.sort(key=lambda c: sum(len(m.content) for m in c.messages))
+    batches = [drawn[i : i + batch] for i in range(0, len(drawn), batch)]
+    rng.shuffle(batches)
+    return batches

@@ -1,0 +1,104 @@
+"""Tensor and pipeline parallel, compiled and bf16 engines agree with the sequential oracle."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from tests.helpers import DATA, VOCAB
+from tests.oracle import Oracle
+
+LENGTHS = [1, 31, 32, 33, 150, 400]
+MAX_TOKENS = 4
+
+
+def prompts() -> list[list[int]]:
+    rng = random.Random(7)
+    return [rng.choices(range(2, VOCAB), k=length) for length in LENGTHS]
+
+
+def run_engine(tmp_path: Path, case: Path, environment: dict, **llm) -> dict[str, Tensor]:
+    spec = {
+        "llm": {
+            "model": str(case / "model"),
+            "adapter": str(case / "adapter"),
+            "dtype": "float32",
+            "max_model_len": 512,
+            "max_logprobs": VOCAB,
+            "max_num_batched_tokens": 128,
+            "block_size": 32,
+            "skip_tokenizer_init": True,
+            **llm,
+        },
+        "prompts": prompts(),
+        "max_tokens": MAX_TOKENS,
+    }
+    spec_path, out_path = tmp_path / "spec.json", tmp_path / "out.safetensors"
+    spec_path.write_text(json.dumps(spec))
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.engine.engine_run", str(spec_path), str(out_path)],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]
+    return load_file(out_path)
+
+
+def assert_is_oracles(result: dict[str, Tensor], case: Path) -> None:
+    oracle = Oracle(case / "model", case / "adapter")
+    for index, tokens in enumerate(prompts()):
+        sampled = result[f"tokens.{index}"].tolist()
+        answer = oracle([*tokens, *sampled[:-1]])
+        torch.testing.assert_close(
+            result[f"logprobs.{index}"], answer.logprobs[len(tokens) - 1 :], rtol=0, atol=1e-4
+        )
+        for layer, state in answer.state.items():
+            tolerance = 1e-5 * max(1.0, state.abs().max().item())
+            torch.testing.assert_close(
+                result[f"state.{index}.{layer}"], state, rtol=0, atol=tolerance
+            )
+
+
+TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+
+@pytest.mark.parametrize(
+    ("case", "environment", "arguments"),
+    [
+        pytest.param(
+            "qwen3_qkvo_uncoupled",
+            TWO_PROCESSES,
+            {"tensor_parallel_size": 2, "enforce_eager": True},
+            id="tensor parallel",
+        ),
+        pytest.param(
+            "qwen3_scaled",
+            TWO_PROCESSES,
+            {"pipeline_parallel_size": 2},
+            id="pipeline parallel, compiled",
+        ),
+        pytest.param("qwen3_msw4", {}, {}, id="compiled"),
+        pytest.param(
+            "qwen3_scaled",
+            {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+            {"enforce_eager": True},
+            id="engine in its own process",
+        ),
+    ],
+)
+def test_state_is_independent_of_how_the_engine_is_built(
+    case: str, environment: dict, arguments: dict, tmp_path: Path
+) -> None:
+    result = run_engine(tmp_path, DATA / case, environment, **arguments)
+    assert_is_oracles(result, DATA / case)
