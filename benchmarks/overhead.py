@@ -281,9 +281,7 @@ def show(summary: dict[str, float], jobs: list[Job], title: str) -> None:
         table.add_column(column, justify="right", no_wrap=True)
     for job in jobs:
         table.add_row(
-            f"decode step, batch {job.size}"
-            if job.kind == "decode"
-            else f"prefill, {job.size} tokens",
+            f"decode, batch {job.size}" if job.kind == "decode" else f"prefill, {job.size}",
             f"{summary[job.key(f'{STOCK}_ms')]:.2f}",
             f"{summary[job.key(f'{OURS}_ms')]:.2f}",
             f"{summary[job.key('ratio')]:.3f}",

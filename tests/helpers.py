@@ -17,6 +17,8 @@ DATA = Path(__file__).parent / "parity" / "data"
 VOCAB = 320
 """Vocabulary of every golden case's backbone."""
 
+SPECIAL_WORDS = ("<pad>", "<eos>", "<unk>", "system", "user", "assistant")
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
@@ -85,10 +87,15 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(kept))
 
 
+def word(token: int) -> str:
+    """A token's word in `with_word_tokenizer`."""
+    return SPECIAL_WORDS[token] if token < len(SPECIAL_WORDS) else f"w{token}"
+
+
 def with_word_tokenizer(model: Path, target: Path) -> Path:
     """A copy, by links, of a golden case's checkpoint that reads and writes text.
 
-    Token i is the word "w<i>", a few are role names; the chat template is one line of words.
+    A token is a word; the chat template puts roles and contents in one line.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -96,10 +103,7 @@ def with_word_tokenizer(model: Path, target: Path) -> Path:
     target.mkdir(parents=True)
     for file in model.iterdir():
         (target / file.name).symlink_to(file)
-    words = {f"w{index}": index for index in range(VOCAB)}
-    for index, name in enumerate(["<pad>", "<eos>", "<unk>", "system", "user", "assistant"]):
-        del words[f"w{index}"]
-        words[name] = index
+    words = {word(token): token for token in range(VOCAB)}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(

@@ -2,7 +2,8 @@
 
 vLLM ignores body fields that it does not know, so a client that asks for a session from a server
 started without session support would get an answer without memory and no word about it. Wraps
-`to_sampling_params` and `to_beam_search_params` of vLLM's request models (see `patches/`); the `ValueError` becomes a 400.
+`to_sampling_params` and `to_beam_search_params` of vLLM's request models (see `patches/`); the
+`ValueError` becomes a 400.
 """
 
 import functools

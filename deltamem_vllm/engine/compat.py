@@ -31,7 +31,6 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.triton_utils import dispatcher
 from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -46,6 +45,11 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 from vllm.v1.request import Request
 
 from deltamem_vllm.errors import EngineConfigError
+
+try:
+    from vllm.triton_utils import dispatcher
+except ImportError:  # a build that has nothing to replace
+    dispatcher = None
 
 SUPPORTED_VERSIONS = ("0.32", "0.33")
 """Minor versions of vLLM whose names were compared with what this module imports."""
@@ -94,8 +98,8 @@ def let_kernel_scan_pass_llvmlite() -> None:
     takes whatever `__dict__` returns for a dict. `llvmlite.binding.ffi.lib` answers every
     attribute with a function of the LLVM library, so the scan ends in an AttributeError.
     """
-    scan: Any = dispatcher._rebind_kernels
-    if hasattr(scan, "__wrapped__"):
+    scan: Any = getattr(dispatcher, "_rebind_kernels", None)
+    if scan is None or hasattr(scan, "__wrapped__"):
         return
 
     @functools.wraps(scan)

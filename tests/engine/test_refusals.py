@@ -1,6 +1,5 @@
 """Whatever would make memory wrong is refused before weights are loaded, by name, with a remedy."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -242,17 +241,6 @@ def test_mix_of_window_and_full_attention_shares_one_block_table(
         disable_hybrid_kv_cache_manager=wanted,
     )
     assert config.scheduler_config.disable_hybrid_kv_cache_manager is True
-
-
-def test_hf_overrides_of_the_command_line_serve_a_stock_base(base: Path, adapter: Path) -> None:
-    given = json.loads(
-        '{"architectures": ["DeltaMemQwen3ForCausalLM"], "deltamem": {"adapter": "%s"}}' % adapter
-    )
-    config = configure(base, given)
-    assert config.model_config.architecture == "DeltaMemQwen3ForCausalLM"
-    assert len(config.additional_config["deltamem_adapter"]) == 64
-    with pytest.raises(ValidationError, match="no 'deltamem' key"):
-        configure(base, {"architectures": given["architectures"]})
 
 
 def test_compiled_graphs_of_two_adapters_are_kept_apart(base: Path, adapter: Path) -> None:

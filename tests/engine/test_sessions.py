@@ -27,6 +27,7 @@ from tests.helpers import (
     random_tokens,
     running,
     with_word_tokenizer,
+    word,
 )
 
 CASE = DATA / "qwen3_tsw"
@@ -41,6 +42,11 @@ ENGINE = {
 }
 NOISE = 1e-5
 """More than fp32 sums in another order differ by, in logprobs."""
+
+FIRST = "model.layers.0.self_attn"
+
+SHARED = random_tokens(9, 3 * BLOCK + 7)
+"""A prompt of three whole blocks and some more."""
 
 PROBES = [random_tokens(seed, length) for seed, length in enumerate([1, 40, BLOCK, 100])]
 
@@ -147,9 +153,7 @@ def test_two_turns_of_a_session_in_one_call_equal_two_calls(llm: MemoryLLM) -> N
     together = run(llm, [first, second], memory)
     for one, other in zip(together, apart, strict=True):
         assert one.outputs[0].token_ids == other.outputs[0].token_ids
-        torch.testing.assert_close(
-            output_logprobs(one), output_logprobs(other), rtol=0, atol=NOISE
-        )
+        torch.testing.assert_close(output_logprobs(one), output_logprobs(other), rtol=0, atol=NOISE)
     assert llm.sessions["a"].version == 2
     assert_same_session(llm.sessions["a"], expected)
 
@@ -296,12 +300,41 @@ def test_turn_ends_at_the_end_of_text(llm: MemoryLLM) -> None:
 @pytest.mark.parametrize("last", [1, 4])
 def test_turn_ends_at_a_stop_string(llm: MemoryLLM, last: int) -> None:
     prompt, sampled, _ = ends(llm)
-    params = greedy(6, stop=[f"w{sampled[last]}"], detokenize=True)
+    params = greedy(6, stop=[word(sampled[last])], detokenize=True)
     (output,) = run(llm, prompt, Memory(session="a"), params)
     assert output.outputs[0].finish_reason == "stop"
     kept = list(output.outputs[0].token_ids)
     assert kept == sampled[: last + 1]
     assert_turn_is(llm, "a", prompt, kept)
+
+
+@pytest.mark.parametrize("steps", [1, BLOCK])
+def test_turn_ends_at_a_stop_string_although_the_engine_ran_on(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """As it does in a process of its own, until the word of the stop arrives there."""
+    prompt, sampled, _ = ends(llm)
+    core = llm.llm_engine.engine_core
+    abort = core.abort_requests
+
+    def abort_late(request_ids: list[str]) -> None:
+        for _ in range(steps if request_ids else 0):
+            core.get_output()
+        abort(request_ids)
+
+    taken = []
+    take = llm._take_states
+    monkeypatch.setattr(core, "abort_requests", abort_late)
+    monkeypatch.setattr(
+        llm, "_take_states", lambda tickets: taken.append(take(tickets)) or taken[-1]
+    )
+    params = greedy(100, stop=[word(sampled[3])], detokenize=True)
+    (output,) = run(llm, prompt, Memory(session="a"), params)
+    counts = [num_tokens for states in taken for num_tokens, _ in states.values()]
+    assert counts == [len(prompt) + 3 + steps, len(prompt) + 3]
+    assert list(output.outputs[0].token_ids) == sampled[:4]
+    monkeypatch.undo()
+    assert_turn_is(llm, "a", prompt, sampled[:4])
 
 
 def test_turn_of_one_token_prompt_writes_it(llm: MemoryLLM) -> None:
@@ -378,9 +411,6 @@ def test_snapshot_of_another_shape_is_refused(llm: MemoryLLM, spoil: Any, words:
     assert llm.sessions["a"] is snapshot
 
 
-FIRST = "model.layers.0.self_attn"
-
-
 @pytest.mark.parametrize(
     ("memory", "params", "words"),
     [
@@ -421,7 +451,7 @@ def test_forms_of_a_prompt_are_equivalent(llm: MemoryLLM) -> None:
         TokensPrompt(prompt_token_ids=tokens),
         [TokensPrompt(prompt_token_ids=tokens)],
         {"prompt_token_ids": tokens},
-        " ".join(f"w{token}" if token > 5 else WORDS[token] for token in tokens),
+        " ".join(map(word, tokens)),
     ]
     (expected,) = run(llm, tokens, Memory(session="expected"))
     for index, form in enumerate(forms):
@@ -431,9 +461,6 @@ def test_forms_of_a_prompt_are_equivalent(llm: MemoryLLM) -> None:
             output_logprobs(output), output_logprobs(expected), rtol=0, atol=NOISE
         )
         assert_same_session(llm.sessions[f"{index}"], llm.sessions["expected"])
-
-
-WORDS = ["<pad>", "<eos>", "<unk>", "system", "user", "assistant"]
 
 
 def test_sampling_params_of_each_prompt_stay_with_it(llm: MemoryLLM) -> None:
@@ -512,10 +539,6 @@ def fresh_answers(llm: MemoryLLM, memories: dict[str, Memory | None]) -> dict[st
     return answers
 
 
-SHARED = random_tokens(9, 3 * BLOCK + 7)
-"""A prompt of three whole blocks and some more."""
-
-
 @pytest.mark.parametrize("backwards", [False, True])
 def test_memories_share_no_cached_blocks_but_repeats_do(llm: MemoryLLM, backwards: bool) -> None:
     memories = memories_of_all_kinds(llm)
@@ -575,24 +598,20 @@ def test_turn_behind_a_prefix_hit_writes_the_same_state(llm: MemoryLLM) -> None:
 def test_turns_are_the_same_with_the_engine_in_another_process(
     llm: MemoryLLM, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There the engine may have run on when a stop string is found, and states travel by RPC."""
-    prompt, sampled, _ = ends(llm)
-    snapshot = write(llm, "moved", random_tokens(1, 70))
-    params = greedy(100, stop=[f"w{sampled[3]}"], detokenize=True)
-    memories = [Memory(session=name) for name in ("moved", "new")]
-    expected = run(llm, [prompt, prompt], memories, params)
-    replays = []
+    """As `MemoryLLM` starts by default: states travel by RPC, and steps come when they come."""
+    write(llm, "moved", random_tokens(1, 70))
+    moved = llm.sessions["moved"]
+    prompts = [random_tokens(seed, 40 + seed) for seed in range(4)]
+    memories = [Memory(session="moved"), Memory(session="moved"), Memory(session="new"), OFF]
+    expected = run(llm, prompts, memories)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with running(MemoryLLM(str(checkpoint), str(CASE / "adapter"), **ENGINE)) as other:
-        replay = other._replay
-        monkeypatch.setattr(other, "_replay", lambda *args: replays.append(args) or replay(*args))
-        other.sessions["moved"] = snapshot
-        outputs = run(other, [prompt, prompt], memories, params)
-        for actual, wanted in zip(outputs, expected, strict=True):
+        other.sessions["moved"] = moved
+        for actual, wanted in zip(run(other, prompts, memories), expected, strict=True):
             assert actual.outputs[0].token_ids == wanted.outputs[0].token_ids
             torch.testing.assert_close(
                 output_logprobs(actual), output_logprobs(wanted), rtol=0, atol=NOISE
             )
-        for name in ("moved", "new"):
-            assert_same_session(other.sessions[name], llm.sessions[name])
-        print("replays", len(replays))
+        assert set(other.sessions) == {"moved", "new"}
+        for name, snapshot in other.sessions.items():
+            assert_same_session(snapshot, llm.sessions[name])
