@@ -54,6 +54,7 @@ app = typer.Typer(
     cls=_ReadableErrors,
     no_args_is_help=True,
     add_completion=False,
+    pretty_exceptions_enable=False,
     help="delta-mem for vLLM: models with a small, durable memory per session.",
 )
 adapter_app = typer.Typer(

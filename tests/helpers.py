@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams
 
 DATA = Path(__file__).parent / "parity" / "data"
-"""Golden cases: `<case>/model` is a tiny checkpoint without tokenizer, `<case>/adapter` its adapter."""
+"""Golden cases: `<case>/model` is a tiny checkpoint without tokenizer, with `<case>/adapter`."""
 
 VOCAB = 320
 """Vocabulary of every golden case's backbone."""

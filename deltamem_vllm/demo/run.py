@@ -9,7 +9,7 @@ text contained, the same question is asked three ways:
   prefix cache is reset; then the question alone is asked of the session, read_only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -91,22 +91,38 @@ def run(conversations_per_group: int, console: Console) -> Report:
             enforce_eager=True,
             max_num_seqs=64,
         )
-        report.kv_bytes_per_token = kv_bytes_per_token(llm)
-        if name == DEMO_ADAPTERS[0]:
-            show_one(llm, groups["told", 2][0], console)
-        for (kind, facts), conversations in groups.items():
-            conditions = memory_conditions(llm, name, conversations)
-            if name == DEMO_ADAPTERS[0]:
-                conditions = {**text_conditions(llm, conversations), **conditions}
-            report.cells |= {(kind, facts, key): cell for key, cell in conditions.items()}
-            console.print(
-                f"  {kind}, {facts} fact(s): "
-                + ", ".join(f"{key} {cell.accuracy:.2f}" for key, cell in conditions.items())
-            )
-        report.state_bytes[name] = sum(
-            state.nbytes for state in llm.sessions[session(name, 0)].state.values()
-        )
+        try:
+            run_adapter(llm, name, groups, report, console)
+        finally:
+            # Engines of one process share its process groups: one at a time.
+            llm.llm_engine.engine_core.shutdown()
     return report
+
+
+def run_adapter(
+    llm: MemoryLLM,
+    name: DemoAdapter,
+    groups: Mapping[tuple[Kind, int], Sequence[Conversation]],
+    report: Report,
+    console: Console,
+) -> None:
+    """One adapter's part of the report; the first also asks without memory."""
+    first = name == DEMO_ADAPTERS[0]
+    report.kv_bytes_per_token = kv_bytes_per_token(llm)
+    if first:
+        show_one(llm, groups["told", 2][0], console)
+    for (kind, facts), conversations in groups.items():
+        conditions = memory_conditions(llm, name, conversations)
+        if first:
+            conditions = {**text_conditions(llm, conversations), **conditions}
+        report.cells |= {(kind, facts, key): cell for key, cell in conditions.items()}
+        console.print(
+            f"  {kind}, {facts} fact(s): "
+            + ", ".join(f"{key} {cell.accuracy:.2f}" for key, cell in conditions.items())
+        )
+    report.state_bytes[name] = sum(
+        state.nbytes for state in llm.sessions[session(name, 0)].state.values()
+    )
 
 
 def text_conditions(llm: MemoryLLM, conversations: Sequence[Conversation]) -> dict[str, Cell]:

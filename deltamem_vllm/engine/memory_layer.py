@@ -69,7 +69,6 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
         self.pages_are_initialised = kv_connector_of(vllm_config) is not None
         self.pages: StatePages | None = None
-        self.page_bytes: Tensor | None = None
         self.block_size = 0
         # In a tuple: the module must not become a child of this one.
         self._siblings = (attention.attn,)
@@ -82,11 +81,12 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         sizes = {"q": attention.q_size, "k": attention.kv_size, "v": attention.kv_size, "o": hidden}
         self.projection = parameter(self.rule.projection_dim, hidden)
         self.gate_bias = parameter(self.rule.gate_bias_dim)
-        self.delta = nn.ParameterDict(
-            {head: parameter(sizes[head], self.rule.read_dim) for head in config.delta_heads}
+        self.delta_q, self.delta_k, self.delta_v, self.delta_o = (
+            parameter(sizes[head], self.rule.read_dim) if head in config.delta_heads else None
+            for head in DELTA_HEADS
         )
-        if config.delta_o_rmsnorm and "o" in config.delta_heads:
-            self.output_norm = parameter(hidden)
+        normed = config.delta_o_rmsnorm and "o" in config.delta_heads
+        self.output_norm = parameter(hidden) if normed else None
 
         context = vllm_config.compilation_config.static_forward_context
         if self.layer_name in context:
@@ -109,11 +109,11 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         biases = present(weights.beta_bias, weights.lambda_bias)
         self.gate_bias.data.copy_(torch.cat([bias.float() for bias in biases]))
         for head in self.config.delta_heads:
-            parameter = self.delta[head]
+            parameter = getattr(self, f"delta_{head}")
             (weight,) = present(weights.delta(head))
             weight = weight.float() * self._scale(head, weights)
             parameter.data.copy_(self._local_rows(head, weight, parameter.shape[0]))
-        if hasattr(self, "output_norm"):
+        if self.output_norm is not None:
             (norm,) = present(weights.delta_o_rmsnorm_weight)
             self.output_norm.data.copy_(norm.float())
 
@@ -161,9 +161,9 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             reads: [T, H * r] fp32.
         """
         return (
-            self._corrected("q", q, reads),
-            self._corrected("k", k, reads),
-            self._corrected("v", v, reads),
+            corrected(q, self.delta_q, reads),
+            corrected(k, self.delta_k, reads),
+            corrected(v, self.delta_v, reads),
         )
 
     def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
@@ -171,18 +171,13 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
         Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
         """
-        if not hasattr(self, "output_norm"):
-            return self._corrected("o", output, reads)
-        delta = nn.functional.linear(reads, self.delta["o"]).to(output.dtype).float()
+        if self.output_norm is None or self.delta_o is None:
+            return corrected(output, self.delta_o, reads)
+        delta = nn.functional.linear(reads, self.delta_o).to(output.dtype).float()
         delta = nn.functional.rms_norm(
             delta, (delta.shape[-1],), self.output_norm, self.config.delta_o_rmsnorm_eps
         )
         return output + delta.to(output.dtype)
-
-    def _corrected(self, head: str, base: Tensor, reads: Tensor) -> Tensor:
-        if head not in self.delta:
-            return base
-        return base + nn.functional.linear(reads, self.delta[head]).to(base.dtype)
 
     # KV cache
 
@@ -242,8 +237,14 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         """Take this layer's part of the KV cache: [num_blocks, 1, 1, page] of the spec's dtype."""
         pages = kv_cache.flatten(1).view(torch.uint8)
         self.kv_cache = kv_cache
-        self.page_bytes = pages
         self.pages = self.layout.views(pages)
+
+
+def corrected(base: Tensor, delta: Tensor | None, reads: Tensor) -> Tensor:
+    """base + delta @ read for [T, n] and [T, H * r]; `base` itself where the head is off."""
+    if delta is None:
+        return base
+    return base + nn.functional.linear(reads, delta).to(base.dtype)
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:

@@ -35,6 +35,9 @@ class BackboneTraining:
     """Everything that determines the backbone's weights, besides the generator of facts."""
 
     steps: int = 6500
+    stop_after: int = 4000
+    """Steps really done: the schedule is cut short once held-out answers are right."""
+
     batch: int = 8
     learning_rate: float = 2.5e-3
     final_share: float = 0.02
@@ -158,7 +161,7 @@ def train_backbone(
         lambda step: learning_rate_share(step, plan.steps, plan.warmup, plan.final_share),
     )
     model.train()
-    progress = tqdm(range(plan.steps), desc="backbone", mininterval=5.0)
+    progress = tqdm(range(min(plan.steps, plan.stop_after)), desc="backbone", mininterval=5.0)
     smooth = 0.0
     waiting: list[list[Conversation]] = []
     for step in progress:
