@@ -1,7 +1,7 @@
 """The demo: facts are told, their text and KV cache deleted, and asked for from memory alone.
 
-Every answer comes from the real engine. For each conversation of the test split, which no training
-text contained, the same question is asked three ways:
+Every answer comes from the real engine. For each conversation of the test split, whose asked
+pairs of thing and value are held out from training, the same question is asked three ways:
 
 - full history: the conversation and the question in one prompt, memory off;
 - nothing: the question alone, memory off;
@@ -23,8 +23,8 @@ from deltamem_vllm.memory import OFF, Memory
 from deltamem_vllm.offline import MemoryLLM
 
 WEAKNESSES: Final = (
-    "Weak: recall falls with the number of facts, and a small state forgets older ones first. "
-    "The model has 0.8 M parameters and knows one narrow kind of dialogue; one training seed."
+    "Weak: recall falls with the number of facts; asked for something never told, the memory "
+    "mostly invents an answer; 0.8 M parameters that know one narrow kind of dialogue, one seed."
 )
 """The demo's last line."""
 
@@ -215,7 +215,7 @@ def kv_bytes_per_token(llm: MemoryLLM) -> int:
 
 def table(report: Report) -> Table:
     """Accuracy by what was asked, and what it costs to ask."""
-    result = Table(title="Exact answers on facts that no training text contained")
+    result = Table(title="Exact answers on pairs of thing and value held out from the adapters' training")
     result.add_column("asked for")
     conditions = [FULL, NOTHING, *DEMO_ADAPTERS, *(f"{name}, {OTHER}" for name in DEMO_ADAPTERS)]
     for condition in conditions:

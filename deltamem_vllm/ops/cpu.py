@@ -104,7 +104,7 @@ def _exp(x: np.float32) -> np.float32:
     x = x - n * LN_2_HIGH - n * LN_2_LOW
     y = ((((E0 * x + E1) * x + E2) * x + E3) * x + E4) * x + E5
     y = y * (x * x) + x + ONE
-    return y * _bits_as_float(np.int32((power + np.int32(127)) << np.int32(23)))
+    return y * _bits_as_float(np.int32((power + np.int32(127)) << np.int32(23)))  # type: ignore[no-any-return]  # numba
 
 
 @_compiled()

@@ -6,6 +6,7 @@ Every faster form is tested against this one. Formulas: arXiv 2605.12357, sectio
 fp32 when serving, where the published code keeps the state in the model's dtype.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def memory_step(
     ring = pages.states.shape[1]
     starts = batch.query_start_loc.tolist()
     ends = batch.seq_lens.tolist()
-    queries = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    queries = [stop - start for start, stop in itertools.pairwise(starts)]
     rows = [row for row, after in enumerate(ends) if after > 0 and queries[row] > 0]
     # A request may hit, in the prefix cache, a block that another request fills in this very step.
     # The one that fills it began earlier in its sequence, so the shorter context goes first.

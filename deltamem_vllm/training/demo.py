@@ -1,4 +1,4 @@
-"""Makes a demo model as the shipped one was made: `python -m deltamem_vllm.training.demo --out DIR`.
+"""Makes a demo model as the shipped one: `python -m deltamem_vllm.training.demo --out DIR`.
 
 Trains the backbone, then one adapter of each kind on it, then evaluates on the test split. Other
 CPUs and library versions round differently, so a new run gives a model as good, not the same bits.
@@ -34,18 +34,25 @@ VOCABULARY = 1300
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A run of the trainer that starts from the stage before it."""
+
+    data: AdapterData
+    training: AdapterTraining
+
+
+@dataclass(frozen=True)
 class AdapterPlan:
     """One shipped adapter."""
 
     config: DeltaMemConfig
-    data: AdapterData
-    training: AdapterTraining
+    stages: tuple[Stage, ...]
     seed: int = 0
 
 
-def _adapter_config(state_heads: int) -> DeltaMemConfig:
-    """Rank 8 on q and o. `no_lambda` keeps what a write does not replace: with the standard rule
-    each write fades all rows it touches, and two facts were learned in no reasonable time."""
+def _config(state_heads: int) -> DeltaMemConfig:
+    """Rank 8 on q and o. `no_lambda` keeps what a write does not replace: under the standard rule
+    each write fades the rows it touches, and a second fact was hardly ever learned."""
     return DeltaMemConfig(
         rank=8,
         alpha=16.0,
@@ -59,32 +66,68 @@ def _adapter_config(state_heads: int) -> DeltaMemConfig:
     )
 
 
+def _first(
+    max_facts: int, hold: float, ramp_end: float, untold: float, reply_share: float
+) -> Stage:
+    """One fact until it is learned, then more and more."""
+    return Stage(
+        AdapterData(
+            steps=1200,
+            max_facts=max_facts,
+            hold_share=hold,
+            ramp_end=ramp_end,
+            untold_share=untold,
+            overwrite_share=0.2,
+            foreign_value_share=0.0,
+        ),
+        AdapterTraining(steps=1200, reply_share=reply_share),
+    )
+
+
+def _further(
+    steps: int,
+    max_facts: int,
+    untold: float,
+    learning_rate: float,
+    reply_share: float,
+    seed: int,
+    overwrite: float = 0.2,
+) -> Stage:
+    """All counts of facts from the beginning."""
+    return Stage(
+        AdapterData(
+            steps=steps,
+            max_facts=max_facts,
+            hold_share=0.0,
+            ramp_end=0.01,
+            untold_share=untold,
+            overwrite_share=overwrite,
+            foreign_value_share=0.0,
+            seed=seed,
+        ),
+        AdapterTraining(
+            steps=steps, learning_rate=learning_rate, reply_share=reply_share, seed=seed
+        ),
+    )
+
+
 ADAPTERS = {
     "tsw": AdapterPlan(
-        config=_adapter_config(1),
-        data=AdapterData(
-            steps=1200,
-            max_facts=8,
-            hold_share=0.25,
-            ramp_end=0.8,
-            untold_share=0.12,
-            overwrite_share=0.2,
-            foreign_value_share=0.0,
+        _config(1),
+        (
+            _first(max_facts=8, hold=0.25, ramp_end=0.8, untold=0.12, reply_share=0.1),
+            _further(700, 10, untold=0.08, learning_rate=6e-3, reply_share=0.05, seed=1),
+            _further(750, 13, untold=0.06, learning_rate=8e-3, reply_share=0.02, seed=2),
         ),
-        training=AdapterTraining(steps=1200),
     ),
     "msw": AdapterPlan(
-        config=_adapter_config(4),
-        data=AdapterData(
-            steps=1200,
-            max_facts=10,
-            hold_share=0.1,
-            ramp_end=0.6,
-            untold_share=0.1,
-            overwrite_share=0.2,
-            foreign_value_share=0.0,
+        _config(4),
+        (
+            _first(max_facts=10, hold=0.1, ramp_end=0.6, untold=0.1, reply_share=0.05),
+            _further(
+                750, 14, untold=0.08, learning_rate=8e-3, reply_share=0.02, seed=2, overwrite=0.25
+            ),
         ),
-        training=AdapterTraining(steps=1200, reply_share=0.05),
     ),
 }
 
@@ -115,8 +158,9 @@ def make_adapter(backbone: Path, directory: Path, plan: AdapterPlan) -> None:
     def save(_: int) -> None:
         save_adapter(memory.adapter(), directory, overwrite=True)
 
-    train_adapter(model, memory, adapter_batches(plan.data, encoder), plan.training, save)
-    save(plan.training.steps)
+    for stage in plan.stages:
+        train_adapter(model, memory, adapter_batches(stage.data, encoder), stage.training, save)
+    save(0)
 
 
 def evaluate_all(out: Path, count: int) -> list[Score]:

@@ -14,8 +14,8 @@ from deltamem_vllm.ops import (
     DeltaRule,
     StatePages,
     memory_step,
+    reference,
 )
-from deltamem_vllm.ops import reference
 from deltamem_vllm.state.page import NEVER, PageLayout
 
 NAN = float("nan")
@@ -137,9 +137,7 @@ def fast(rule, projections, bias, pages, batch, reads, **options) -> None:
     ),
     block_size=st.integers(1, 40),
     ring=st.integers(1, 4),
-    thresholds=st.tuples(
-        st.sampled_from([0, 5, 40, NEVER]), st.sampled_from([0, 7, 50, NEVER])
-    ),
+    thresholds=st.tuples(st.sampled_from([0, 5, 40, NEVER]), st.sampled_from([0, 7, 50, NEVER])),
     initialised=st.booleans(),
     seed=st.integers(0, 10_000),
 )
@@ -272,8 +270,6 @@ def test_wrong_dtypes_and_shapes_are_named() -> None:
     case = Case(rule, [(0, 8)], 4, 1, (0, 0), False, 1)
     options = {"block_size": 4, "pages_are_initialised": False}
     with pytest.raises(ValueError, match="projections"):
-        memory_step(
-            rule, case.projections.double(), case.bias, case.pages, case.batch, **options
-        )
+        memory_step(rule, case.projections.double(), case.bias, case.pages, case.batch, **options)
     with pytest.raises(ValueError, match="gate_bias"):
         memory_step(rule, case.projections, case.bias[:-1], case.pages, case.batch, **options)
