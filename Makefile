@@ -34,7 +34,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone
-	@$(BIN)/deltamem demo
+	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
 
 test: lint ## lint, types and all tests but the long sweeps (2 cores, no GPU)
 	$(BIN)/python -m pytest -m "not slow"

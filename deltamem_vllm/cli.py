@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,6 +163,7 @@ def demo(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     console.print("Loading vLLM ...")
+    warnings.simplefilter("ignore", FutureWarning)
     from deltamem_vllm.demo import run
 
     report = run.run(conversations, console)

@@ -34,7 +34,9 @@ GROUPS: Final[tuple[tuple[Kind, int], ...]] = (
     ("told", 1),
     ("told", 2),
     ("told", 4),
+    ("told", 6),
     ("told", 8),
+    ("told", 12),
     ("overwritten", 4),
     ("untold", 4),
 )
@@ -215,7 +217,9 @@ def kv_bytes_per_token(llm: MemoryLLM) -> int:
 
 def table(report: Report) -> Table:
     """Accuracy by what was asked, and what it costs to ask."""
-    result = Table(title="Exact answers on pairs of thing and value held out from the adapters' training")
+    result = Table(
+        title="Exact answers on pairs of thing and value held out from the adapters' training"
+    )
     result.add_column("asked for")
     conditions = [FULL, NOTHING, *DEMO_ADAPTERS, *(f"{name}, {OTHER}" for name in DEMO_ADAPTERS)]
     for condition in conditions:
