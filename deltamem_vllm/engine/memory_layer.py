@@ -92,7 +92,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         if self.layer_name in context:
             raise ValueError(f"two memory layers are called {self.layer_name}")
         context[self.layer_name] = self
-        warm_up(self.rule)
+        warm_up(self.projection.device)
 
     # Weights
 

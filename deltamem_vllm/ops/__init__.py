@@ -75,6 +75,9 @@ def memory_step(
     page that was loaded rules which positions read and write, and is copied into every page that
     takes a state.
 
+    Rows run in an order in which a request finds the blocks that it hit, in the prefix cache, while
+    another request of this step fills them.
+
     A request without context starts from slot 0 and the header of its first page if
     `pages_are_initialised`, else from zero states and a zero header, whatever its pages hold. A row
     with seq_lens 0 or without tokens touches nothing. Pages that belong to no request of the step
@@ -95,7 +98,8 @@ def memory_step(
         [T, H * r] fp32 reads; rows of no request are 0.
 
     Raises:
-        ValueError: a tensor has the wrong shape, dtype or layout.
+        ValueError: a tensor has the wrong shape, dtype or layout; or, on CPUs, a row of the batch
+            points outside of a tensor. Nothing is written then.
     """
     reads = projections.new_empty(projections.shape[0], rule.read_dim) if out is None else out
     _check(rule, projections, gate_bias, pages, batch, reads)
@@ -112,17 +116,19 @@ def memory_step(
     return reads
 
 
-def warm_up(rule: DeltaRule, device: str | torch.device = "cpu") -> None:
-    """Compile what `memory_step` needs for `rule`, so that no request waits for a compiler."""
-    if torch.device(device).type == "cpu":
-        # Its one signature is compiled, or read from numba's cache, on import.
-        import deltamem_vllm.ops.cpu  # noqa: F401
+def warm_up(device: torch.device) -> None:
+    """Compile what `memory_step` runs on `device`, so that no request waits for a compiler.
+
+    The first time on a machine this takes some 20 seconds on CPUs; later the kernel comes from
+    numba's cache on disk.
+    """
+    _implementation(device.type)
 
 
 @functools.cache
 def _implementation(device_type: str) -> _Implementation:
-    # Imported late: a frontend that only wants shapes should not pay for loading numba.
     if device_type == "cpu":
+        # Imported late: a frontend that only wants shapes should not pay for loading numba.
         from deltamem_vllm.ops import cpu
 
         return cpu.memory_step
@@ -151,10 +157,11 @@ def _check(
     tokens, rows = projections.shape[0], batch.seq_lens.shape[0]
     heads, rank, _ = rule.state_shape
     state_size = heads * rank * rank
+    words = max(header.shape[-1], WRITE_FROM + 1)
     expected = (
         ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
         ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),
-        ("pages.header", header, torch.int32, (states.shape[0], header.shape[-1])),
+        ("pages.header", header, torch.int32, (states.shape[0], words)),
         ("pages.states", states, torch.float32, (*states.shape[:2], heads, rank, rank)),
         ("batch.block_table", batch.block_table, torch.int32, (rows, batch.block_table.shape[-1])),
         ("batch.query_start_loc", batch.query_start_loc, torch.int32, (rows + 1,)),
@@ -166,19 +173,19 @@ def _check(
             raise ValueError(
                 f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    contiguous = (
-        projections.stride(1) == 1
-        and header.stride(1) == 1
-        and batch.block_table.stride(1) == 1
+    strided = (projections, header, batch.block_table)
+    addressable = (
+        all(tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] for tensor in strided)
         and states.stride()[1:] == (state_size, rank * rank, rank, 1)
+        and states.stride(0) >= states.shape[1] * state_size
         and gate_bias.is_contiguous()
         and batch.query_start_loc.is_contiguous()
         and batch.seq_lens.is_contiguous()
         and reads.is_contiguous()
     )
-    if not contiguous:
+    if not addressable:
         layouts = ", ".join(f"{name} {tensor.stride()}" for name, tensor, *_ in expected)
         raise ValueError(
-            "only the first dimension of projections, pages and block table may be strided, and "
-            f"nothing of the others; got strides {layouts}"
+            "rows of projections, pages and block table must be contiguous and may lie apart, but "
+            f"not overlap; the other tensors must be contiguous; got strides {layouts}"
         )

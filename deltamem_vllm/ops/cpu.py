@@ -5,24 +5,21 @@ with `reference.py` within a few fp32 roundings, and do not depend on how a sequ
 steps: each token goes through the same instructions whatever its neighbours are.
 
 All compiled functions stay in this file: numba's cache notices a change of the file that holds the
-entry point, not one of files that it calls into.
+entry point, and of no other. So touch it after a change of `compiler.py` or of the constants of
+`rule.py` and `reference.py`, which are compiled in.
 """
 
-from collections.abc import Callable
-from typing import Any, Final, TypeVar, cast
+from typing import Final
 
-import llvmlite.ir
-import numba
 import numpy as np
 import numpy.typing as npt
 from numba import carray
-from numba.extending import intrinsic
 from torch import Tensor
 
+from deltamem_vllm.ops.compiler import bits_as_float, compiled, floats_at, ints_at
 from deltamem_vllm.ops.reference import NORM_EPS
 from deltamem_vllm.ops.rule import READ_FROM, UPDATE_MODES, WRITE_FROM, Batch, DeltaRule, StatePages
 
-Function = TypeVar("Function", bound=Callable[..., Any])
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
@@ -40,36 +37,6 @@ ZERO, HALF, ONE, TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32
 EPS = np.float32(NORM_EPS)
 
 
-def _compiled(signature: str | None = None) -> Callable[[Function], Function]:
-    """`numba.njit` with our options, typed.
-
-    - `fastmath`: only the fusing of a multiply with its add, which rounds less. Sums keep their
-      order, so that results stay those of the definition.
-    - `error_model`: without it each division checks for zero, which ends vectorisation.
-    - `forceinline`: a call hands over each array field by field, which costs more than our loops.
-    - `nogil`: the engine's other threads go on meanwhile.
-    - no `parallel`: the engine binds one OpenMP thread to each core for its own kernels, and a
-      second pool would fight them for the cores; a step's work is tens of microseconds anyhow.
-    """
-    options = {
-        "error_model": "numpy",
-        "fastmath": {"contract"},
-        "forceinline": True,
-        "nogil": True,
-    }
-
-    def compile_(function: Function) -> Function:
-        try:
-            return cast(Function, numba.njit(signature, cache=True, **options)(function))
-        except RuntimeError as error:
-            # Neither the package's folder nor the user's cache folder can be written.
-            if "cannot cache" not in str(error):
-                raise
-            return cast(Function, numba.njit(signature, **options)(function))
-
-    return compile_
-
-
 # Elementary functions: numba's call libm for each element, 30 times slower than vectorised ones.
 # The polynomials are those of Cephes (expf.c, tanhf.c); errors are below 2 units in the last place.
 
@@ -85,17 +52,7 @@ T2, T3 = np.float32(-5.37397155531e-2), np.float32(1.33314422036e-1)
 T4 = np.float32(-3.33332819422e-1)
 
 
-@intrinsic
-def _bits_as_float(_: Any, bits: Any) -> Any:
-    """The fp32 number with the given int32 bit pattern."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(arguments[0], llvmlite.ir.FloatType())
-
-    return numba.types.float32(numba.types.int32), generate
-
-
-@_compiled()
+@compiled()
 def _exp(x: np.float32) -> np.float32:
     """e^x for |x| up to `EXP_LIMIT`, e^(+-EXP_LIMIT) beyond."""
     x = min(max(x, -EXP_LIMIT), EXP_LIMIT)
@@ -104,10 +61,10 @@ def _exp(x: np.float32) -> np.float32:
     x = x - n * LN_2_HIGH - n * LN_2_LOW
     y = ((((E0 * x + E1) * x + E2) * x + E3) * x + E4) * x + E5
     y = y * (x * x) + x + ONE
-    return y * _bits_as_float(np.int32((power + np.int32(127)) << np.int32(23)))  # type: ignore[no-any-return]  # numba
+    return y * bits_as_float(np.int32((power + np.int32(127)) << np.int32(23)))  # type: ignore[no-any-return]  # numba
 
 
-@_compiled()
+@compiled()
 def _tanh(x: np.float32) -> np.float32:
     square = x * x
     small = ((((T0 * square + T1) * square + T2) * square + T3) * square + T4) * square * x + x
@@ -117,30 +74,35 @@ def _tanh(x: np.float32) -> np.float32:
     return large if abs(x) >= TANH_SMALL else small
 
 
-@_compiled()
+@compiled()
 def _sigmoid(x: np.float32) -> np.float32:
-    # `_exp` has limits, which would hide NaN.
+    # `_exp` promises nothing about NaN.
     return ONE / (ONE + _exp(-x)) if x == x else x
 
 
-# Activations. Shapes: n tokens, H heads, `width` = r padded to whole vectors. Padding must hold
-# finite numbers and never reaches a page or a read.
+# Activations. Shapes: n tokens, H heads, `width` = r padded to whole vectors. Padding never reaches
+# a page or a read: lanes do not mix, but for the norm of a vector, whose padding is 0.
 
 
-@_compiled()
+@compiled()
 def _unpack(rows: Floats, column: int, rank: int, out: Floats) -> None:
-    """Copy H * r columns of `rows` [n, P], from `column` on, to the padded `out` [n, H, width]."""
+    """Copy H * r columns of `rows` [n, P], from `column` on, to the padded `out` [n, H, width].
+
+    Padding is set to 0: another request's NaN may have reached it.
+    """
     for token in range(out.shape[0]):
         for head in range(out.shape[1]):
             source = rows[token, column + head * rank : column + (head + 1) * rank]
             target = out[token, head]
             for i in range(rank):
                 target[i] = source[i]
+            for i in range(rank, target.size):
+                target[i] = ZERO
 
 
-@_compiled()
+@compiled()
 def _normalise(x: Floats) -> None:
-    """x / max(|x|, eps) of each tanh(x) [n, H, width], in place; padding is 0 and stays so."""
+    """x / max(|x|, eps) of each tanh(x) [n, H, width], in place; padding must be 0."""
     flat = x.reshape(-1)
     for i in range(flat.size):
         flat[i] = _tanh(flat[i])
@@ -156,7 +118,7 @@ def _normalise(x: Floats) -> None:
                 vector[i] *= scale
 
 
-@_compiled()
+@compiled()
 def _gate(rows: Floats, column: int, bias: Floats, rank: int, out: Floats) -> None:
     """sigmoid(gate + bias) to `out` [n, H, width].
 
@@ -179,7 +141,7 @@ def _gate(rows: Floats, column: int, bias: Floats, rank: int, out: Floats) -> No
         flat[i] = _sigmoid(flat[i])
 
 
-@_compiled()
+@compiled()
 def _coefficients(
     rows: Floats,
     bias: Floats,
@@ -213,7 +175,7 @@ def _coefficients(
 # sums over columns then run in the order of the definition, and need no horizontal adds.
 
 
-@_compiled()
+@compiled()
 def _read(state: Floats, query: Floats, key: Floats, read: Floats, recalled: Floats) -> None:
     """S q and S k of one head, in one pass: state [r, width], the vectors [width]."""
     for row in range(read.size):
@@ -226,7 +188,7 @@ def _read(state: Floats, query: Floats, key: Floats, read: Floats, recalled: Flo
             recalled[row] += lanes[row] * k
 
 
-@_compiled()
+@compiled()
 def _write(
     state: Floats, key: Floats, keep: Floats, erase: Floats, written: Floats, recalled: Floats
 ) -> None:
@@ -239,7 +201,7 @@ def _write(
             lanes[row] = keep[row] * lanes[row] + recalled[row] * k
 
 
-@_compiled()
+@compiled()
 def _load(page: Floats, slot: int, state: Floats) -> None:
     """Ring slot of a page, each [H, r, r], to the transposed working state [H, r, width]."""
     heads, rank, _ = state.shape
@@ -250,7 +212,7 @@ def _load(page: Floats, slot: int, state: Floats) -> None:
                 state[head, column, row] = source[column]
 
 
-@_compiled()
+@compiled()
 def _store(state: Floats, page: Floats, slot: int) -> None:
     """The inverse of `_load`."""
     heads, rank, _ = state.shape
@@ -261,7 +223,7 @@ def _store(state: Floats, page: Floats, slot: int) -> None:
                 target[column] = state[head, column, row]
 
 
-@_compiled()
+@compiled()
 def _first_bad_row(
     query_start_loc: Ints,
     seq_lens: Ints,
@@ -287,7 +249,7 @@ def _first_bad_row(
     return -1
 
 
-@_compiled()
+@compiled()
 def _order(query_start_loc: Ints, seq_lens: Ints, block_size: int) -> Ints:
     """The rows that have tokens, those that may load a page stored in this very step last.
 
@@ -317,7 +279,7 @@ def _order(query_start_loc: Ints, seq_lens: Ints, block_size: int) -> Ints:
     return order[:count]
 
 
-@_compiled()
+@compiled()
 def _kernel(
     projections: Floats,
     gate_bias: Floats,
@@ -419,26 +381,7 @@ def _kernel(
     return -1
 
 
-@intrinsic
-def _floats_at(_: Any, address: Any) -> Any:
-    """A pointer to fp32 from an address."""
-    return _pointer_cast(numba.types.float32)
-
-
-@intrinsic
-def _ints_at(_: Any, address: Any) -> Any:
-    """A pointer to int32 from an address."""
-    return _pointer_cast(numba.types.int32)
-
-
-def _pointer_cast(item: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-    return numba.types.CPointer(item)(numba.types.int64), generate
-
-
-@_compiled("int64(" + ", ".join(["int64"] * 22 + ["boolean"] * 3 + ["int64"]) + ")")
+@compiled("int64(" + ", ".join(["int64"] * 22 + ["boolean"] * 3 + ["int64"]) + ")")
 def _entry(
     projections: int,
     projections_stride: int,
@@ -473,19 +416,19 @@ def _entry(
     with plain integers there is one signature to compile, whatever the layouts are.
     """
     return _kernel(
-        carray(_floats_at(projections), (num_tokens, projections_stride)),
-        carray(_floats_at(gate_bias), (gate_bias_dim,)),
-        carray(_ints_at(header), (num_blocks, header_stride)),
+        carray(floats_at(projections), (num_tokens, projections_stride)),
+        carray(floats_at(gate_bias), (gate_bias_dim,)),
+        carray(ints_at(header), (num_blocks, header_stride)),
         header_words,
-        carray(_floats_at(states), (num_blocks, states_stride)),
+        carray(floats_at(states), (num_blocks, states_stride)),
         ring,
         heads,
         rank,
-        carray(_ints_at(block_table), (num_rows, table_stride)),
+        carray(ints_at(block_table), (num_rows, table_stride)),
         table_width,
-        carray(_ints_at(query_start_loc), (num_rows + 1,)),
-        carray(_ints_at(seq_lens), (num_rows,)),
-        carray(_floats_at(reads), (num_tokens, heads * rank)),
+        carray(ints_at(query_start_loc), (num_rows + 1,)),
+        carray(ints_at(seq_lens), (num_rows,)),
+        carray(floats_at(reads), (num_tokens, heads * rank)),
         block_size,
         pages_are_initialised,
         normalize_qk,
