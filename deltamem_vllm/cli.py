@@ -101,9 +101,10 @@ def inspect_adapter(
     if base is not None:
         backbone = BackboneShape.from_dir(resolve_base_dir(base, config_only=True))
     adapter = load_adapter(path, backbone=backbone)
-    # Pipes have no width: keep each row on one line there.
+    # Facts are lines of their own, however long: cutting a path or a fingerprint helps nobody.
+    for name, value in _facts(adapter, base, backbone).items():
+        typer.echo(f"{name:<19}{value}")
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(_summary(adapter, base, backbone))
     console.print("\nNorms of the active delta heads, by layer:")
     console.print(_layer_table(adapter))
     if not any(_delta_norms(adapter, index) for index in adapter.layer_indices):
@@ -173,15 +174,13 @@ def demo(
         json_file.write_text(json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8")
 
 
-def _summary(adapter: Adapter, base: str | None, backbone: BackboneShape | None) -> Table:
+def _facts(adapter: Adapter, base: str | None, backbone: BackboneShape | None) -> dict[str, str]:
+    """What an adapter is, by name."""
     from deltamem_vllm.adapter import format_ranges
 
     config = adapter.config
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
     dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in adapter.tensors.values()})
-    rows = {
+    facts = {
         "source": str(adapter.source),
         "strategy": f"{config.strategy} ({config.memory_write_granularity} writes)",
         "update": f"{config.state_update_mode}"
@@ -196,10 +195,8 @@ def _summary(adapter: Adapter, base: str | None, backbone: BackboneShape | None)
         "fingerprint": adapter.fingerprint,
     }
     if backbone is not None:
-        rows["fits"] = f"{base} ({backbone})"
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
+        facts["fits"] = f"{base} ({backbone})"
+    return facts
 
 
 def _layer_table(adapter: Adapter) -> Table:

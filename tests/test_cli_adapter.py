@@ -61,8 +61,12 @@ def test_help_does_not_wait_for_torch() -> None:
         ("qwen3_qkvo_uncoupled", ["q, k, v, o", "lambda_outside, own lambda gate", "|Dk|", "|Dv|"]),
     ],
 )
-def test_inspect_states_the_facts(case: str, facts: list[str]) -> None:
-    result = run("adapter", "inspect", DATA / case / "adapter", "--base", DATA / case / "model")
+def test_inspect_states_the_facts(case: str, facts: list[str], tmp_path: Path) -> None:
+    """Wherever things lie: long paths break no line."""
+    base = tmp_path / ("long" * 20) / case
+    base.parent.mkdir()
+    base.symlink_to(DATA / case / "model")
+    result = run("adapter", "inspect", DATA / case / "adapter", "--base", base)
     assert result.exit_code == 0, result.output
     fingerprint = load_adapter(DATA / case / "adapter").fingerprint
     for fact in [*facts, fingerprint, "qwen3: 3 layers, hidden 64, q 128, kv 64"]:
