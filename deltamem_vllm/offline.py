@@ -71,7 +71,7 @@ class _Turn:
     """One prompt's memory, resolved when its wave starts."""
 
     args: MemoryArgs | None
-    pending: tuple[int, ...] = ()
+    pending: Sequence[int] = ()
 
 
 class MemoryLLM(LLM):
@@ -226,7 +226,7 @@ class MemoryLLM(LLM):
                 write_from=write_from,
                 ticket=uuid.uuid4().hex if writes else None,
             ),
-            pending=snapshot.pending_token_ids if snapshot is not None and writes else (),
+            pending=snapshot.pending_token_ids if snapshot is not None and writes else [],
         )
 
     def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
@@ -266,7 +266,7 @@ class MemoryLLM(LLM):
                 state=self._shape.unpack(by_layer),
                 version=1 if before is None else before.version + 1,
                 tokens_written=kept + (0 if before is None else before.tokens_written),
-                pending_token_ids=tuple(tokens[-1:]),
+                pending_token_ids=tokens[-1:],
             )
         self.sessions._snapshots.update(snapshots)
 

@@ -23,7 +23,7 @@ class MemorySnapshot:
     tokens_written: int = 0
     """Tokens that all turns together wrote."""
 
-    pending_token_ids: tuple[int, ...] = ()
+    pending_token_ids: list[int] = field(default_factory=list)
     """Sampled last and not yet fed: the session's next read_write turn starts with them."""
 
 

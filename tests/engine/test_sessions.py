@@ -112,7 +112,7 @@ def run(llm: MemoryLLM, prompts: Any, memory: Any = None, params: Any = None) ->
 def write(llm: MemoryLLM, session: str, tokens: list[int]) -> MemorySnapshot:
     """A session that holds `tokens`, without pending tokens."""
     run(llm, tokens, Memory(session=session), greedy(1))
-    llm.sessions[session] = replace(llm.sessions[session], pending_token_ids=())
+    llm.sessions[session] = replace(llm.sessions[session], pending_token_ids=[])
     return llm.sessions[session]
 
 
@@ -204,7 +204,7 @@ def test_pending_token_is_fed_before_the_next_prompt(llm: MemoryLLM) -> None:
     memory = Memory(session="a")
     (one,) = run(llm, first, memory)
     sampled = list(one.outputs[0].token_ids)
-    assert llm.sessions["a"].pending_token_ids == (sampled[-1],)
+    assert llm.sessions["a"].pending_token_ids == [sampled[-1]]
     (two,) = run(llm, second, memory)
     assert two.prompt_token_ids == [sampled[-1], *second]
     (read,) = run(llm, second, Memory(session="a", mode="read_only"))
@@ -267,7 +267,7 @@ def ends(llm: MemoryLLM) -> tuple[list[int], list[int], Tensor]:
 def assert_turn_is(llm: MemoryLLM, session: str, prompt: list[int], kept: list[int]) -> None:
     """The session holds prompt and kept tokens but the last, which is pending."""
     snapshot = llm.sessions[session]
-    assert snapshot.pending_token_ids == (kept[-1],)
+    assert snapshot.pending_token_ids == [kept[-1]]
     assert snapshot.tokens_written == len(prompt) + len(kept) - 1
     expected = write(llm, "expected", prompt + kept[:-1])
     assert_states_close(snapshot.state, expected.state)

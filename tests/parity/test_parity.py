@@ -79,7 +79,7 @@ def test_token_wise_case_matches_the_reference(name: str) -> None:
     assert_states(snapshot.state, golden, "state.")
     assert snapshot.version == 1
     assert snapshot.tokens_written == len(history) + len(greedy) - 1
-    assert snapshot.pending_token_ids == (greedy[-1],)
+    assert snapshot.pending_token_ids == [greedy[-1]]
 
     read, _ = turn(llm, query, 1, Memory(session="a", mode="read_only"))
     assert_close(read, golden["read_logits"])
