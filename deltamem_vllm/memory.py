@@ -1,12 +1,11 @@
 """`Memory`: what a request says about its memory."""
 
-from typing import Final, Literal
+from typing import Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deltamem_vllm.errors import MemoryRequestError
-
-Mode = Literal["read_write", "read_only", "off"]
+from deltamem_vllm.state.page import MemoryMode
 
 
 class Memory(BaseModel):
@@ -21,7 +20,7 @@ class Memory(BaseModel):
     session: str | None = Field(default=None, min_length=1, max_length=256)
     """Name of the session whose state is read; required unless `mode` is "off"."""
 
-    mode: Mode = "read_write"
+    mode: MemoryMode = "read_write"
     """read_write leaves the request's final state in the session; read_only leaves the session as
     it is; off runs the base model without memory."""
 

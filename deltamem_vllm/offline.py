@@ -5,19 +5,22 @@ prompts that write the same session run one after another, in the order given. W
 returns, every session that was written holds its new version.
 """
 
-import json
+import contextlib
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import msgspec
 from pydantic import ValidationError
 from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
+from vllm.logger import init_logger
 
-from deltamem_vllm.adapter import resolve_adapter_dir, resolve_base_dir
+from deltamem_vllm.adapter import resolve_adapter_dir, resolve_base_dir, tensor_name
+from deltamem_vllm.adapter.backbone import read_base_config
 from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
 from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
@@ -32,9 +35,21 @@ from deltamem_vllm.models.registry import ARCHITECTURES, MODEL_CLASSES
 from deltamem_vllm.state.page import thresholds
 from deltamem_vllm.state.snapshot import MemorySnapshot, StateShape
 
-WORKER_EXTENSION = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
-STATE_TIMEOUT_S = 60.0
+logger = init_logger(f"vllm.{__name__}")
+
+WORKER_EXTENSION: Final = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
+
+STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before the turn is given up."""
+
+ABORT_TIMEOUT_S: Final = 5.0
+"""How long to wait for the states of requests that an error ended, to let go of them."""
+
+REPLAYS: Final = 3
+"""Attempts to write a turn's kept tokens again; one fails only if it is preempted at its end."""
+
+COMPLETE: Final = ("stop", "length")
+"""Finish reasons of turns that are committed."""
 
 
 class Sessions(MutableMapping[str, MemorySnapshot]):
@@ -66,12 +81,19 @@ class Sessions(MutableMapping[str, MemorySnapshot]):
         return len(self._snapshots)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Turn:
-    """One prompt's memory, resolved when its wave starts."""
+    """One prompt's memory, resolved when its wave starts, and its request once it is added."""
 
     args: MemoryArgs | None
     pending: Sequence[int] = ()
+    request_id: str | None = None
+    lora_request: Any = None
+
+    @property
+    def ticket(self) -> str | None:
+        """Key of the final state, None if nobody wants it."""
+        return None if self.args is None else self.args.ticket
 
 
 class MemoryLLM(LLM):
@@ -89,19 +111,21 @@ class MemoryLLM(LLM):
     sessions: Sessions
 
     def __init__(self, model: str, adapter: str | None = None, **engine_args: Any) -> None:
-        if "kv_transfer_config" in engine_args:
-            raise EngineConfigError(
-                f"MemoryLLM sets kv_transfer_config itself ({CONNECTOR_NAME}); leave it out."
-            )
-        if "worker_extension_cls" in engine_args:
-            raise EngineConfigError("MemoryLLM sets worker_extension_cls itself; leave it out.")
+        for name in ("kv_transfer_config", "worker_extension_cls"):
+            # `from_engine_args` passes every argument, most of them at their defaults.
+            if engine_args.pop(name, None):
+                raise EngineConfigError(f"MemoryLLM sets {name} itself; leave it out.")
         self._turns: deque[_Turn] = deque()
+        overrides = memory_overrides(
+            str(model),
+            adapter,
+            engine_args.pop("hf_overrides", None),
+            revision=engine_args.get("revision"),
+        )
         try:
             super().__init__(
                 model=str(model),
-                hf_overrides=memory_overrides(
-                    str(model), adapter, engine_args.pop("hf_overrides", None)
-                ),
+                hf_overrides=overrides,
                 kv_transfer_config=KVTransferConfig(
                     kv_connector=CONNECTOR_NAME,
                     kv_connector_module_path=CONNECTOR_MODULE,
@@ -114,9 +138,7 @@ class MemoryLLM(LLM):
             raise _cause(error) from None
         adapter_served = adapter_of(self.llm_engine.vllm_config)
         self._shape = StateShape(
-            layer_names=tuple(
-                f"model.layers.{index}.self_attn" for index in adapter_served.layer_indices
-            ),
+            layer_names=tuple(map(layer_name, adapter_served.layer_indices)),
             layer_indices=adapter_served.layer_indices,
             shape=adapter_served.config.state_shape,
         )
@@ -139,7 +161,8 @@ class MemoryLLM(LLM):
 
         Returns:
             One output per prompt. Where a session had pending tokens, `prompt_token_ids` (and
-            `prompt_logprobs`) begin with them.
+            `prompt_logprobs`) begin with them. A turn that the engine broke off (its output's
+            finish reason is neither "stop" nor "length") leaves its session as it was.
 
         Raises:
             MemoryRequestError: a memory cannot be served as asked.
@@ -169,6 +192,10 @@ class MemoryLLM(LLM):
     ) -> list[RequestOutput]:
         if sampling_params is None:
             sampling_params = self.get_default_sampling_params()
+        if self.llm_engine.has_unfinished_requests():
+            raise MemoryRequestError(
+                "requests of `enqueue` are waiting: collect them with `wait_for_completion` first."
+            )
         params = _per_prompt("sampling_params", sampling_params, len(prompts))
         memories = _per_prompt("memory", memory, len(prompts))
         for one, its_params in zip(memories, params, strict=True):
@@ -208,10 +235,22 @@ class MemoryLLM(LLM):
         self._turns = deque(turns)
         try:
             outputs: list[RequestOutput] = run(prompts, params, **kwargs)
+        except BaseException:
+            self._abandon(turns)
+            raise
         finally:
             self._turns.clear()
         self._commit(memories, turns, outputs)
         return outputs
+
+    def _abandon(self, turns: list[_Turn]) -> None:
+        """Abort what an error left in the engine, and let go of the states that this leaves."""
+        added = [turn for turn in turns if turn.request_id is not None]
+        # The error that brought us here may be that of a dead engine; it is the one to report.
+        with contextlib.suppress(Exception):
+            self.llm_engine.abort_request([str(turn.request_id) for turn in added], internal=True)
+            tickets = [turn.ticket for turn in added if turn.ticket is not None]
+            self._take_states(tickets, timeout_s=ABORT_TIMEOUT_S)
 
     def _turn(self, memory: Memory | None) -> _Turn:
         if memory is None:
@@ -229,17 +268,22 @@ class MemoryLLM(LLM):
             pending=snapshot.pending_token_ids if snapshot is not None and writes else [],
         )
 
-    def _add_request(self, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> str:
+    def _add_request(
+        self, prompt: Any, params: Any, lora_request: Any = None, priority: int = 0
+    ) -> str:
         """Called by vLLM for each rendered prompt, in order: add what the turn brings along."""
         turn = self._turns.popleft() if self._turns else _Turn(args=None)
         if turn.args is not None:
+            params = with_memory(params, turn.args)
+        if turn.ticket is not None:
             if "prompt_token_ids" not in prompt:
                 raise MemoryRequestError(
-                    "a prompt with a memory must consist of text or token ids, not of embeddings."
+                    "a prompt that writes a session must consist of text or token ids, not of "
+                    "embeddings."
                 )
-            params = with_memory(params, turn.args)
             prompt = {**prompt, "prompt_token_ids": [*turn.pending, *prompt["prompt_token_ids"]]}
-        request_id: str = super()._add_request(prompt, params, *args, **kwargs)
+        request_id: str = super()._add_request(prompt, params, lora_request, priority)
+        turn.request_id, turn.lora_request = request_id, lora_request
         return request_id
 
     def _commit(
@@ -247,20 +291,28 @@ class MemoryLLM(LLM):
     ) -> None:
         """Leave the final states in their sessions; all of a wave's, or, on an error, none."""
         written = [
-            (memory.session, turn.args, turn.args.ticket, output)
+            (memory.session, turn, turn.ticket, output)
             for memory, turn, output in zip(memories, turns, outputs, strict=True)
-            if memory is not None and memory.session is not None
-            if turn.args is not None and turn.args.ticket is not None
+            if memory is not None and memory.session is not None and turn.ticket is not None
         ]
         states = self._take_states([ticket for _, _, ticket, _ in written])
         snapshots = {}
-        for session, args, ticket, output in written:
+        for session, turn, ticket, output in written:
+            if output.outputs[0].finish_reason not in COMPLETE:
+                logger.warning(
+                    "delta-mem: a turn of session %r ended with finish reason %r and was not "
+                    "written",
+                    session,
+                    output.outputs[0].finish_reason,
+                )
+                continue
             tokens = [*(output.prompt_token_ids or ()), *output.outputs[0].token_ids]
             kept = len(tokens) - 1
             num_tokens, by_layer = states[ticket]
             if num_tokens != kept:
-                # The engine had run on when a stop string was found: write the kept tokens again.
-                by_layer = self._replay(args, tokens[:-1])
+                # The engine had run on when a stop string was found, or the request was preempted
+                # at its end: write the kept tokens again.
+                by_layer = self._replay(turn, tokens[:-1])
             before = self.sessions.get(session)
             snapshots[session] = MemorySnapshot(
                 state=self._shape.unpack(by_layer),
@@ -270,32 +322,44 @@ class MemoryLLM(LLM):
             )
         self.sessions._snapshots.update(snapshots)
 
-    def _replay(self, args: MemoryArgs, tokens: list[int]) -> dict[int, bytes]:
-        """The state after exactly `tokens`, written once more from the turn's first state."""
-        again = MemoryArgs(args.state, args.read_from, args.write_from, ticket=uuid.uuid4().hex)
-        self._turns = deque([_Turn(again)])
-        super().generate(
-            TokensPrompt(prompt_token_ids=tokens),
-            SamplingParams(max_tokens=1, detokenize=False),
-            use_tqdm=False,
-        )
-        assert again.ticket is not None
-        num_tokens, by_layer = self._take_states([again.ticket])[again.ticket]
-        assert num_tokens == len(tokens)
-        return by_layer
+    def _replay(self, turn: _Turn, tokens: list[int]) -> dict[int, bytes]:
+        """The state after exactly `tokens`, written once more from the turn's first state.
 
-    def _take_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
+        Raises:
+            DeltaMemError: it could not be written in `REPLAYS` attempts.
+        """
+        for _ in range(REPLAYS):
+            ticket = uuid.uuid4().hex
+            assert turn.args is not None
+            self._turns = deque([_Turn(msgspec.structs.replace(turn.args, ticket=ticket))])
+            super().generate(
+                TokensPrompt(prompt_token_ids=tokens),
+                SamplingParams(max_tokens=1, detokenize=False),
+                use_tqdm=False,
+                lora_request=turn.lora_request,
+            )
+            num_tokens, by_layer = self._take_states([ticket])[ticket]
+            if num_tokens == len(tokens):
+                return by_layer
+        raise DeltaMemError(
+            f"a turn's {len(tokens)} kept tokens could not be written again in {REPLAYS} attempts; "
+            "the KV cache is too small for the requests that share it."
+        )
+
+    def _take_states(
+        self, tickets: list[str], timeout_s: float = STATE_TIMEOUT_S
+    ) -> dict[str, tuple[int, dict[int, bytes]]]:
         """Collect the final states of finished requests from all workers.
 
         Returns:
             ticket -> (tokens, layer index -> fp32 [H, r, r] bytes).
 
         Raises:
-            DeltaMemError: a state did not arrive.
+            DeltaMemError: a state did not arrive in time.
         """
         taken: dict[str, tuple[int, dict[int, bytes]]] = {}
         missing = set(tickets)
-        deadline = time.monotonic() + STATE_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         while missing:
             for states in self.collective_rpc("take_memory_states", args=(sorted(missing),)):
                 for ticket, (num_tokens, by_layer) in states.items():
@@ -308,7 +372,7 @@ class MemoryLLM(LLM):
             if missing and time.monotonic() > deadline:
                 raise DeltaMemError(
                     f"the final state of {len(missing)} request(s) did not arrive within "
-                    f"{STATE_TIMEOUT_S:.0f} s; their sessions are unchanged."
+                    f"{timeout_s:.0f} s; their sessions are unchanged."
                 )
             if missing:
                 self._let_engine_step()
@@ -322,25 +386,32 @@ class MemoryLLM(LLM):
             time.sleep(0.001)
 
 
-def memory_overrides(model: str, adapter: str | None, overrides: Any = None) -> dict[str, Any]:
+def layer_name(index: int) -> str:
+    """A layer as the adapter's keys name it, without the parameter."""
+    return tensor_name(index, "").removesuffix(".")
+
+
+def memory_overrides(
+    model: str, adapter: str | None, overrides: Any = None, revision: str | None = None
+) -> dict[str, Any]:
     """The `hf_overrides` that make vLLM serve `model` with memory.
 
     Args:
         model: folder or hub id of a linked checkpoint or of a base model.
         adapter: the adapter; None for a linked checkpoint.
         overrides: the user's own overrides, kept.
+        revision: of `model` on the hub.
 
     Raises:
-        BackboneError: the architecture is not one we serve.
-        MemoryRequestError: `overrides` is not a dict.
+        BackboneError: there is no such model, or its architecture is not one we serve.
+        EngineConfigError: `overrides` is not a dict.
     """
     if overrides is not None and not isinstance(overrides, dict):
         raise EngineConfigError("MemoryLLM takes hf_overrides only as a dict.")
     overrides_given: dict[str, Any] = dict(overrides or {})
-    config = json.loads((resolve_base_dir(model, config_only=True) / "config.json").read_text())
-    architecture = (overrides_given.get("architectures") or config.get("architectures") or [None])[
-        0
-    ]
+    config = read_base_config(resolve_base_dir(model, config_only=True, revision=revision))
+    names = overrides_given.get("architectures") or config.get("architectures") or [None]
+    architecture = names[0]
     if adapter is None:
         if architecture not in MODEL_CLASSES:
             raise BackboneError(

@@ -20,13 +20,13 @@ from deltamem_vllm.adapter import (
     WEIGHTS_NAME,
     BackboneShape,
     link_checkpoint,
-    linked_adapter_dir,
     load_adapter,
     resolve_adapter_dir,
     resolve_base_dir,
+    resolve_linked_adapter_dir,
     save_adapter,
 )
-from deltamem_vllm.errors import AdapterError, BackboneError, DeltaMemError
+from deltamem_vllm.errors import AdapterError, BackboneError
 
 DATA = Path(__file__).parent / "parity" / "data"
 TSW = DATA / "qwen3_tsw" / "adapter"
@@ -171,6 +171,18 @@ def test_hub_is_asked_only_for_what_is_not_cached(hub_cache: Path, hub_requests:
     with pytest.raises(AdapterError, match="cannot be used"):
         resolve_adapter_dir("lab/other")
     assert any("lab/other" in path for path in hub_requests)
+
+
+def test_adapter_inside_a_linked_checkpoint_is_found(hub_cache: Path, base: Path) -> None:
+    local = link(base, hub_cache / "linked", copy=True)
+    assert resolve_linked_adapter_dir(local) == local / LINKED_ADAPTER_DIR
+    snapshot = cache_repository(hub_cache, "lab/linked", local)
+    (snapshot.parents[1] / "refs" / "v1").write_text("c" * 40)
+    for revision in (None, "main", "v1"):
+        folder = resolve_linked_adapter_dir("lab/linked", revision)
+        assert folder.samefile(snapshot / LINKED_ADAPTER_DIR)
+    with pytest.raises(AdapterError, match="lab/linked"):
+        resolve_linked_adapter_dir("lab/linked", "v2")
 
 
 def test_incomplete_hub_snapshot_is_refused(hub_cache: Path) -> None:
@@ -389,23 +401,3 @@ def test_out_must_be_a_folder_outside_the_base(tmp_path: Path, base: Path) -> No
     (tmp_path / "alias").symlink_to(link(base, tmp_path / "out"))
     with pytest.raises(AdapterError, match="is not a folder"):
         link(base, tmp_path / "alias", overwrite=True)
-
-
-def test_linked_adapter_is_found_from_the_config(tmp_path: Path, base: Path) -> None:
-    out = link(base, tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    assert linked_adapter_dir(out, config) == out / LINKED_ADAPTER_DIR
-
-
-@pytest.mark.parametrize(
-    "config", [{}, {"deltamem": None}, {"deltamem": {}}, {"deltamem": {"adapter": 3}}], ids=str
-)
-def test_config_without_an_adapter_is_refused(tmp_path: Path, config: dict[str, Any]) -> None:
-    with pytest.raises(AdapterError, match=r"no deltamem\.adapter"):
-        linked_adapter_dir(tmp_path, config)
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", "/etc", "a/../../b"])
-def test_adapter_outside_the_checkpoint_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DeltaMemError, match="points outside"):
-        linked_adapter_dir(tmp_path, {"deltamem": {"adapter": name}})

@@ -8,9 +8,18 @@ here knows vLLM. Whatever is damaged, hostile or made for another model is refus
 
 from deltamem_vllm.adapter.backbone import BackboneShape
 from deltamem_vllm.adapter.files import AdapterForm, load_adapter, save_adapter
-from deltamem_vllm.adapter.hub import resolve_adapter_dir, resolve_base_dir
-from deltamem_vllm.adapter.link import LINKED_ADAPTER_DIR, link_checkpoint, linked_adapter_dir
-from deltamem_vllm.adapter.names import CONFIG_NAME, REFERENCE_WEIGHTS_NAME, WEIGHTS_NAME
+from deltamem_vllm.adapter.hub import (
+    resolve_adapter_dir,
+    resolve_base_dir,
+    resolve_linked_adapter_dir,
+)
+from deltamem_vllm.adapter.link import link_checkpoint
+from deltamem_vllm.adapter.names import (
+    CONFIG_NAME,
+    LINKED_ADAPTER_DIR,
+    REFERENCE_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+)
 from deltamem_vllm.adapter.weights import (
     Adapter,
     LayerWeights,
@@ -31,10 +40,10 @@ __all__ = [
     "format_ranges",
     "layer_tensor_shapes",
     "link_checkpoint",
-    "linked_adapter_dir",
     "load_adapter",
     "resolve_adapter_dir",
     "resolve_base_dir",
+    "resolve_linked_adapter_dir",
     "save_adapter",
     "tensor_name",
 ]

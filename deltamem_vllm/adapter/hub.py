@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from deltamem_vllm.adapter.names import CONFIG_NAME, REFERENCE_WEIGHTS_NAME, WEIGHTS_NAME
+from deltamem_vllm.adapter.names import ADAPTER_FILES, CONFIG_NAME, LINKED_ADAPTER_DIR
 from deltamem_vllm.errors import AdapterError, BackboneError
 
 BASE_FILES: Final = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -34,14 +34,44 @@ def resolve_adapter_dir(path_or_hub_id: str | os.PathLike[str]) -> Path:
     return _resolve(
         path_or_hub_id,
         what="adapter",
-        files=(CONFIG_NAME, WEIGHTS_NAME, REFERENCE_WEIGHTS_NAME),
+        files=ADAPTER_FILES,
         complete=_holds_adapter,
         error=AdapterError,
     )
 
 
-def resolve_base_dir(path_or_hub_id: str | os.PathLike[str], *, config_only: bool = False) -> Path:
+def resolve_linked_adapter_dir(
+    checkpoint: str | os.PathLike[str], revision: str | None = None
+) -> Path:
+    """The folder of the adapter inside a linked checkpoint; on the Hub, of its `revision`.
+
+    Raises:
+        AdapterError: there is neither such a folder nor such a repository, or the repository
+            is no linked checkpoint.
+    """
+    folder = _resolve(
+        checkpoint,
+        what="linked checkpoint",
+        files=[f"{LINKED_ADAPTER_DIR}/{name}" for name in ADAPTER_FILES],
+        complete=lambda folder: _holds_adapter(folder / LINKED_ADAPTER_DIR),
+        error=AdapterError,
+        revision=revision,
+    )
+    return folder / LINKED_ADAPTER_DIR
+
+
+def resolve_base_dir(
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    config_only: bool = False,
+    revision: str | None = None,
+) -> Path:
     """The folder of a base model; with `config_only` at least its `config.json` is there.
+
+    Args:
+        path_or_hub_id: what the user typed.
+        config_only: do not download weights.
+        revision: branch, tag or commit on the Hub; None is the default branch.
 
     Raises:
         BackboneError: there is neither such a folder nor such a repository, or (without
@@ -53,12 +83,13 @@ def resolve_base_dir(path_or_hub_id: str | os.PathLike[str], *, config_only: boo
         files=("config.json",) if config_only else BASE_FILES,
         complete=_holds_config if config_only else _holds_checkpoint,
         error=BackboneError,
+        revision=revision,
     )
 
 
 def _holds_adapter(folder: Path) -> bool:
-    weights = (WEIGHTS_NAME, REFERENCE_WEIGHTS_NAME)
-    return (folder / CONFIG_NAME).exists() and any((folder / name).exists() for name in weights)
+    weights = [folder / name for name in ADAPTER_FILES if name != CONFIG_NAME]
+    return (folder / CONFIG_NAME).exists() and any(path.exists() for path in weights)
 
 
 def _holds_config(folder: Path) -> bool:
@@ -76,6 +107,7 @@ def _resolve(
     files: Sequence[str],
     complete: Callable[[Path], bool],
     error: type[AdapterError] | type[BackboneError],
+    revision: str | None = None,
 ) -> Path:
     text = os.fspath(given)
     local = Path(text).expanduser()
@@ -89,7 +121,9 @@ def _resolve(
             f"{text!r}: no such folder, and not a Hub id of the form owner/name; give the {what}'s "
             "folder or its Hub id"
         )
-    return _download(text, what=what, files=files, complete=complete, error=error)
+    return _download(
+        text, what=what, files=files, complete=complete, error=error, revision=revision
+    )
 
 
 def _download(
@@ -99,6 +133,7 @@ def _download(
     files: Sequence[str],
     complete: Callable[[Path], bool],
     error: type[AdapterError] | type[BackboneError],
+    revision: str | None = None,
 ) -> Path:
     # Imported late: reading local folders must not pay for the Hub client.
     from huggingface_hub import snapshot_download
@@ -108,7 +143,10 @@ def _download(
         try:
             folder = Path(
                 snapshot_download(
-                    repo_id, allow_patterns=list(files), local_files_only=local_files_only
+                    repo_id,
+                    revision=revision,
+                    allow_patterns=list(files),
+                    local_files_only=local_files_only,
                 )
             )
         # Which exceptions come out depends on the Hub client's version and its HTTP library.

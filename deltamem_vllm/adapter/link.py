@@ -21,14 +21,11 @@ from typing import Any, Final
 from deltamem_vllm.adapter.backbone import BackboneShape, read_base_config
 from deltamem_vllm.adapter.files import load_adapter, save_adapter
 from deltamem_vllm.adapter.hub import resolve_base_dir
-from deltamem_vllm.adapter.names import ADAPTER_FILES
+from deltamem_vllm.adapter.names import ADAPTER_FILES, LINKED_ADAPTER_DIR
 from deltamem_vllm.errors import AdapterError, BackboneError
 
 CONFIG_KEY: Final = "deltamem"
 """The key of config.json that marks a linked checkpoint."""
-
-LINKED_ADAPTER_DIR: Final = "deltamem_adapter"
-"""Where a linked checkpoint keeps its adapter, relative to its top folder."""
 
 _WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt")
 
@@ -86,28 +83,6 @@ def link_checkpoint(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
-
-
-def linked_adapter_dir(checkpoint: Path, config: Mapping[str, Any]) -> Path:
-    """The adapter's folder of a linked checkpoint, from its config.json's content.
-
-    Raises:
-        AdapterError: `config` has no valid `deltamem.adapter`, or it points outside `checkpoint`.
-    """
-    section = config.get(CONFIG_KEY)
-    name = section.get("adapter") if isinstance(section, Mapping) else None
-    if not isinstance(name, str) or not name:
-        raise AdapterError(
-            f"{checkpoint}: its config.json has no {CONFIG_KEY}.adapter; make the folder with "
-            "`deltamem adapter link`"
-        )
-    folder = checkpoint / name
-    if not folder.resolve().is_relative_to(checkpoint.resolve()):
-        raise AdapterError(
-            f"{checkpoint}: {CONFIG_KEY}.adapter = {name!r} points outside the checkpoint; make "
-            "the folder again with `deltamem adapter link`"
-        )
-    return folder
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -12,3 +12,6 @@ WEIGHTS_NAME: Final = "delta_mem_adapter.safetensors"
 """Our form: the same tensors with format, version and fingerprint in the metadata."""
 
 ADAPTER_FILES: Final = (CONFIG_NAME, WEIGHTS_NAME, REFERENCE_WEIGHTS_NAME)
+
+LINKED_ADAPTER_DIR: Final = "deltamem_adapter"
+"""Where a linked checkpoint keeps its adapter, relative to its top folder."""

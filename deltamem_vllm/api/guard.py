@@ -34,7 +34,7 @@ def _guarded(to_params: Any) -> Any:
     def guarded(request: Any, *args: Any, **kwargs: Any) -> Any:
         if not MemoryConfigHook.serving:
             return to_params(request, *args, **kwargs)
-        if MEMORY_FIELD in (request.model_extra or {}):
+        if (request.model_extra or {}).get(MEMORY_FIELD) is not None:
             raise MemoryRequestError(
                 f"this server has no session store, so the field {MEMORY_FIELD!r} cannot be "
                 "served; every request has an ephemeral memory. Leave the field out."

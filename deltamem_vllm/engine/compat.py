@@ -118,10 +118,13 @@ def let_kernel_scan_pass_llvmlite() -> None:
 def extend_cache_salt(request: Request, salt: str) -> None:
     """Make `request` share prefix-cache blocks only with requests of the same `salt`.
 
+    Clients may give a salt of their own, so `salt` goes first and every request needs one of the
+    same length: what a client writes then cannot pass for another request's `salt`.
+
     The block hashes were computed when the request was made, so they are computed anew. Must run
     before the scheduler looks the request up in the prefix cache.
     """
-    request.cache_salt = f"{request.cache_salt or ''}|{salt}"
+    request.cache_salt = f"{salt}{request.cache_salt or ''}"
     request.block_hashes.clear()
     request.update_block_hashes()
 

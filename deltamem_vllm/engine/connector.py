@@ -23,6 +23,7 @@ from deltamem_vllm.engine.compat import (
     SupportsHMA,
     VllmConfig,
     extend_cache_salt,
+    get_tensor_model_parallel_rank,
 )
 from deltamem_vllm.engine.memory_layer import MemoryLayer
 from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
@@ -47,11 +48,15 @@ class PageLoad:
 
 @dataclass(frozen=True)
 class PageSave:
-    """Keep the state after `num_tokens` tokens, which lies in `block`, under `ticket`."""
+    """Keep the state after `num_tokens` tokens, which lies in `block`, under `ticket`.
+
+    A request that holds no block, because it ended while it waited or was preempted, leaves the
+    empty state of 0 tokens; whoever wants another one must run it again.
+    """
 
     request_id: str
     ticket: str
-    block: int
+    block: int | None
     num_tokens: int
 
 
@@ -99,7 +104,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             args = None
         if args is not None:
             self._args[request.request_id] = args
-            extend_cache_salt(request, args.salt)
+        extend_cache_salt(request, (args or EPHEMERAL).salt)
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -148,7 +153,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         args = self._args.pop(request.request_id, None)
         # The last sampled token was never fed; with steps in flight, more than that was.
         num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
-        if args is None or args.ticket is None or num_tokens <= 0:
+        if args is None or args.ticket is None:
+            return False, None
+        if num_tokens <= 0:
+            self._saves.append(PageSave(request.request_id, args.ticket, None, 0))
             return False, None
         block = block_ids[0][(num_tokens - 1) // self.block_size]
         self._saves.append(PageSave(request.request_id, args.ticket, block, num_tokens))
@@ -165,13 +173,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._load(connector_metadata.loads)
 
     def _save(self, save: PageSave) -> None:
-        states = {}
-        for layer in self._layers:
-            assert layer.pages is not None
-            slot = save.num_tokens % layer.layout.ring
-            states[layer.layer_index] = layer.pages.states[save.block, slot].clone()
-        self._saved[save.ticket] = SavedState(save.num_tokens, states)
-        self._finished.add(save.request_id)
+        # Tensor parallel ranks hold equal states, so one of them is enough.
+        if get_tensor_model_parallel_rank() == 0:
+            states = {layer.layer_index: _state(layer, save) for layer in self._layers}
+            self._saved[save.ticket] = SavedState(save.num_tokens, states)
+        if save.block is not None:
+            self._finished.add(save.request_id)
 
     def _load(self, loads: list[PageLoad]) -> None:
         """Write headers and initial states of all starting requests, one copy per layer."""
@@ -214,11 +221,20 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         """Hand over, and forget, the final states that have arrived.
 
         Returns:
-            ticket -> (tokens, layer index -> fp32 [H, r, r] bytes) with this worker's layers.
+            ticket -> (tokens, layer index -> fp32 [H, r, r] bytes) with this worker's layers;
+            nothing from all but the first of the tensor parallel ranks.
         """
         return {
             ticket: self._saved.pop(ticket).encoded() for ticket in tickets if ticket in self._saved
         }
+
+
+def _state(layer: MemoryLayer, save: PageSave) -> Tensor:
+    """A copy of one layer's state [H, r, r]."""
+    assert layer.pages is not None
+    if save.block is None:
+        return torch.zeros(layer.layout.state_shape)
+    return layer.pages.states[save.block, save.num_tokens % layer.layout.ring].clone()
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,12 @@ from deltamem_vllm.engine.compat import (
     get_tensor_model_parallel_world_size,
     kv_connector_of,
 )
-from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
+from deltamem_vllm.engine.settings import (
+    CONNECTOR_NAME,
+    delta_rule,
+    memory_settings,
+    page_layout,
+)
 from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.ops import StatePages, memory_step, warm_up
 
@@ -67,7 +72,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.rule = delta_rule(adapter)
         self.layout = page_layout(adapter, vllm_config)
         self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
-        self.pages_are_initialised = kv_connector_of(vllm_config) is not None
+        self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
         self.block_size = 0
         # In a tuple: the module must not become a child of this one.
@@ -217,7 +222,10 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         proposal = block_size
         while page_bytes / (page_bytes + kv_page_bytes * proposal // block_size) > WARN_KV_SHARE:
             proposal *= 2
-        advice = f"--block-size {proposal} would bring it under {WARN_KV_SHARE:.0%}"
+        advice = (
+            f"--block-size {proposal}, where the attention backend supports it, would bring it "
+            f"under {WARN_KV_SHARE:.0%}"
+        )
         if share > self.max_kv_share:
             raise EngineConfigError(
                 f"state pages would take {share:.1%} of the KV cache, more than max_kv_share="
@@ -266,8 +274,6 @@ def kv_head_slice(attention: Any) -> int:
 def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:
     context = get_forward_context()
     metadata: Any = context.attn_metadata
-    if isinstance(metadata, list):
-        metadata = metadata[0]
     if metadata is None:
         # A profiling run before the KV cache exists: shapes matter, values do not.
         reads.zero_()

@@ -34,10 +34,10 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def salt(self) -> str:
-        """Digest of all that makes this request's KV cache differ from another's."""
-        digest = hashlib.sha256(self.state or b"")
-        digest.update(f"{self.read_from},{self.write_from}".encode())
-        return f"deltamem:{digest.hexdigest()}"
+        """Digest of all that makes this request's KV cache differ from another's: 64 digits."""
+        digest = hashlib.sha256(f"{self.read_from},{self.write_from},".encode())
+        digest.update(self.state or b"")
+        return digest.hexdigest()
 
 
 def with_memory(params: SamplingParams, args: MemoryArgs) -> SamplingParams:

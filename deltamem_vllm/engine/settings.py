@@ -19,10 +19,12 @@ from deltamem_vllm.adapter import (
     BackboneShape,
     load_adapter,
     resolve_adapter_dir,
+    resolve_linked_adapter_dir,
 )
 from deltamem_vllm.adapter.link import CONFIG_KEY
+from deltamem_vllm.adapter.names import ADAPTER_FILES
 from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_connector_of
-from deltamem_vllm.errors import ConfigError, EngineConfigError
+from deltamem_vllm.errors import AdapterError, ConfigError, EngineConfigError
 from deltamem_vllm.ops import DeltaRule
 from deltamem_vllm.state.page import PageLayout, ring_length
 
@@ -31,6 +33,18 @@ logger = init_logger(f"vllm.{__name__}")
 CONNECTOR_NAME = "DeltaMemConnector"
 CONNECTOR_MODULE = "deltamem_vllm.engine.connector"
 
+FINGERPRINT_KEY = "deltamem_adapter"
+"""Key of `VllmConfig.additional_config` under which the adapter's fingerprint is known."""
+
+FORMATS_WITHOUT_ADAPTER = (
+    "ipc_cache",
+    "modelexpress",
+    "runai_streamer_sharded",
+    "sharded_state",
+    "tensorizer",
+)
+"""Ways of loading that restore a model's parameters without its `load_weights`."""
+
 
 class MemorySettings(BaseModel):
     """The `deltamem` key of `config.json` or `--hf-overrides`."""
@@ -38,7 +52,7 @@ class MemorySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     adapter: str
-    """Folder of the adapter, relative to the checkpoint, absolute, or a hub id."""
+    """`deltamem_adapter`, the folder inside a linked checkpoint; any other folder; or a hub id."""
 
     max_kv_share: float = Field(default=0.5, gt=0, le=1)
     """Refuse to start when state pages would take a larger share of the KV cache than this."""
@@ -73,32 +87,32 @@ def adapter_dir(settings: MemorySettings, model: str, revision: str | None) -> P
     """Where the adapter of a checkpoint lies on this machine.
 
     Args:
-        settings: the checkpoint's settings; a relative `adapter` path is inside the checkpoint.
+        settings: the checkpoint's settings.
         model: the checkpoint's folder or hub id.
         revision: the hub revision, None for the default.
     """
-    inside = Path(model) / settings.adapter
-    if Path(model).is_dir() and inside.is_dir():
-        return inside
-    if not Path(model).is_dir() and settings.adapter == LINKED_ADAPTER_DIR:
-        from huggingface_hub import snapshot_download
-
-        root = snapshot_download(model, revision=revision, allow_patterns=f"{LINKED_ADAPTER_DIR}/*")
-        return Path(root) / LINKED_ADAPTER_DIR
+    if settings.adapter == LINKED_ADAPTER_DIR:
+        return resolve_linked_adapter_dir(model, revision)
     return resolve_adapter_dir(settings.adapter)
 
 
 @functools.lru_cache(maxsize=4)
-def _load(path: Path, shape: BackboneShape) -> Adapter:
+def _load(path: Path, shape: BackboneShape, stamps: tuple[tuple[int, int], ...]) -> Adapter:
     return load_adapter(path, backbone=shape)
 
 
 def adapter_of(vllm_config: VllmConfig) -> Adapter:
-    """The adapter that `vllm_config` serves, checked for its backbone; loaded once per process."""
+    """The adapter that `vllm_config` serves, checked for its backbone.
+
+    A process reads it once, and again after its files changed.
+    """
     model_config = vllm_config.model_config
     settings = memory_settings(model_config.hf_config)
     path = adapter_dir(settings, model_config.model, model_config.revision)
-    return _load(path, BackboneShape.from_config_dict(model_config.hf_text_config.to_dict()))
+    files = [path / name for name in ADAPTER_FILES if (path / name).exists()]
+    stamps = tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    shape = BackboneShape.from_config_dict(model_config.hf_text_config.to_dict())
+    return _load(path, shape, stamps)
 
 
 def delta_rule(adapter: Adapter) -> DeltaRule:
@@ -134,11 +148,13 @@ class MemoryConfigHook(VerifyAndUpdateConfig):
         adapter = adapter_of(vllm_config)
         MemoryConfigHook.serving = True
         refuse_unsupported(vllm_config, adapter)
+        if vllm_config.load_config.load_format == "dummy":
+            logger.warning("delta-mem: load_format=dummy makes up the memory's weights too")
         use_one_cache_group(vllm_config)
         # vLLM's cache of compiled graphs knows the checkpoint's path, not the adapter's content.
         vllm_config.additional_config = {
             **(vllm_config.additional_config or {}),
-            "deltamem_adapter": adapter.fingerprint,
+            FINGERPRINT_KEY: adapter.fingerprint,
         }
         logger.info(
             "delta-mem adapter %s: rank %d, %d state head(s), %d layer(s), heads %s, %s writes",
@@ -151,6 +167,27 @@ class MemoryConfigHook(VerifyAndUpdateConfig):
         )
 
 
+def served_adapter(vllm_config: VllmConfig) -> Adapter:
+    """The adapter for a model that is being built, now that its configuration is final.
+
+    vLLM goes on changing the configuration after `MemoryConfigHook` saw it, and other processes
+    read the adapter's files later: so both are checked again, still before weights are loaded.
+
+    Raises:
+        EngineConfigError: a setting is not supported.
+        AdapterError: the files changed since the engine was configured.
+    """
+    adapter = adapter_of(vllm_config)
+    refuse_unsupported(vllm_config, adapter)
+    configured = vllm_config.additional_config[FINGERPRINT_KEY]
+    if adapter.fingerprint != configured:
+        raise AdapterError(
+            f"{adapter.source}: the adapter changed while the engine started (fingerprint "
+            f"{adapter.fingerprint[:12]}, configured {configured[:12]}); start again"
+        )
+    return adapter
+
+
 def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
     """Refuse, by name, each setting under which memory would be wrong or was never checked.
 
@@ -158,6 +195,7 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
         EngineConfigError: names the setting and what to do.
     """
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
+    load_format = str(vllm_config.load_config.load_format)
     model, connector = vllm_config.model_config, kv_connector_of(vllm_config)
     granularity = adapter.config.memory_write_granularity
     refusals = {
@@ -176,6 +214,11 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
         "a backbone with multi-head latent attention (MLA)": model.use_mla,
         "a Mamba-hybrid backbone": model.is_hybrid,
         "cross-layer KV sharing (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
+        "KV cache offloading (--kv-offloading-size)": cache.kv_offloading_size is not None,
+        "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        f"--load-format {load_format} (it does not load the adapter)": (
+            load_format in FORMATS_WITHOUT_ADAPTER
+        ),
         "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
         f"the KV connector {connector!r} (memory needs {CONNECTOR_NAME}, alone)": (
             connector not in (None, CONNECTOR_NAME)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from deltamem_vllm.engine.compat import VllmConfig
 from deltamem_vllm.engine.memory_layer import MemoryLayer
-from deltamem_vllm.engine.settings import adapter_of
+from deltamem_vllm.engine.settings import served_adapter
 
 
 class MemoryModel(nn.Module):
@@ -26,7 +26,7 @@ class MemoryModel(nn.Module):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
-        self._adapter = adapter_of(vllm_config)
+        self._adapter = served_adapter(vllm_config)
         for name, attention in self.named_modules():
             layer_name = name.rpartition(".")[0]
             if not name.endswith(".self_attn"):

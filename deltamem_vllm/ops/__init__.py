@@ -22,7 +22,6 @@ from deltamem_vllm.ops.rule import (
     Batch,
     DeltaRule,
     StatePages,
-    UpdateMode,
 )
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Batch",
     "DeltaRule",
     "StatePages",
-    "UpdateMode",
     "delta_rule_scan",
     "memory_step",
     "warm_up",

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, NamedTuple, get_args
 
 from torch import Tensor
 
-UpdateMode = Literal["standard", "lambda_outside", "no_lambda"]
+from deltamem_vllm.config import MAX_RANK, StateUpdateMode
 
-UPDATE_MODES: Final[tuple[UpdateMode, ...]] = get_args(UpdateMode)
-MAX_RANK: Final = 64
+UPDATE_MODES: Final[tuple[StateUpdateMode, ...]] = get_args(StateUpdateMode)
 
 READ_FROM: Final = 0
 """Header word: the first 0-based position that reads the memory; earlier ones read exactly 0."""
@@ -43,7 +42,7 @@ class DeltaRule:
     normalize_qk: bool = True
     couple_lambda: bool = True
     rankwise_gates: bool = True
-    update_mode: UpdateMode = "standard"
+    update_mode: StateUpdateMode = "standard"
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= MAX_RANK:

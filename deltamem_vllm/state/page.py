@@ -24,6 +24,7 @@ NEVER: Final = 2**31 - 1
 """A threshold that no position reaches (INT32_MAX)."""
 
 MemoryMode = Literal["read_write", "read_only", "off"]
+"""What a request does with its memory; see `Memory.mode`."""
 
 
 class Thresholds(NamedTuple):
@@ -88,16 +89,6 @@ class PageLayout:
             raise ValueError(f"sizes must be at least 1, got {self.state_shape}, ring {self.ring}")
 
     @property
-    def header_words(self) -> int:
-        """int32 words of the header."""
-        return HEADER_WORDS
-
-    @property
-    def state_offset(self) -> int:
-        """Words (4 bytes) before the first ring slot."""
-        return HEADER_WORDS
-
-    @property
     def state_words(self) -> int:
         """Words of one state, all heads."""
         return math.prod(self.state_shape)
@@ -105,7 +96,7 @@ class PageLayout:
     @property
     def page_words(self) -> int:
         """Words of a page, padding included."""
-        words = self.state_offset + self.ring * self.state_words
+        words = HEADER_WORDS + self.ring * self.state_words
         unit = ALIGNMENT // WORD_BYTES
         return -(-words // unit) * unit
 
@@ -130,8 +121,8 @@ class PageLayout:
             raise ValueError(f"state pages need {self.page_bytes} bytes per block, got {given}")
         try:
             octets = raw.view(num_blocks, size).view(torch.uint8)[:, : self.page_bytes]
-            header = octets[:, : self.state_offset * WORD_BYTES].view(torch.int32)
-            states = octets[:, self.state_offset * WORD_BYTES :].view(torch.float32)
+            header = octets[:, : HEADER_WORDS * WORD_BYTES].view(torch.int32)
+            states = octets[:, HEADER_WORDS * WORD_BYTES :].view(torch.float32)
         except RuntimeError as error:
             raise ValueError(
                 f"state pages need contiguous blocks that start at multiples of {WORD_BYTES} bytes,"

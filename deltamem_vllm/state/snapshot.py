@@ -15,7 +15,7 @@ class MemorySnapshot:
     """One version of a session's memory."""
 
     state: Mapping[str, Tensor] = field(repr=False)
-    """Layer name (`model.layers.0.self_attn`) -> fp32 [H, r, r] on the CPU."""
+    """Layer name (`model.layers.0.self_attn`) -> fp32 [H, r, r] on the CPU; not to be changed."""
 
     version: int = 1
     """Counts the read_write turns of the session, from 1."""
@@ -58,7 +58,8 @@ class StateShape:
                 )
             if not bool(torch.isfinite(tensor).all()):
                 raise SnapshotError(f"the snapshot's state of {name} has a non-finite value.")
-        return torch.stack([state[name] for name in self.layer_names]).numpy().tobytes()
+        states = torch.stack([state[name].detach().cpu() for name in self.layer_names])
+        return states.numpy().tobytes()
 
     def unpack(self, states: Mapping[int, bytes]) -> dict[str, Tensor]:
         """Name the states that workers handed over by layer index.

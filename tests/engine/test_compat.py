@@ -222,14 +222,14 @@ def test_request_has_the_attributes_we_read() -> None:
     assert request.num_tokens == 5
 
 
-def test_extended_salt_changes_every_block_hash_and_keeps_the_users() -> None:
+def test_extended_salt_changes_every_block_hash_and_goes_before_the_users() -> None:
     request = tiny_request(cache_salt="user")
     before = list(request.block_hashes)
     assert len(before) == 2
     compat.extend_cache_salt(request, "memory")
     assert len(request.block_hashes) == 2
     assert not set(before) & set(request.block_hashes)
-    assert request.cache_salt == "user|memory"
+    assert request.cache_salt == "memoryuser"
     assert tiny_request().cache_salt is None
 
 

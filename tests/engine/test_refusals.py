@@ -14,6 +14,7 @@ from deltamem_vllm import Memory, MemoryLLM
 from deltamem_vllm.adapter import Adapter, layer_tensor_shapes, save_adapter, tensor_name
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.engine import memory_layer
+from deltamem_vllm.engine.settings import served_adapter
 from deltamem_vllm.errors import (
     AdapterError,
     BackboneError,
@@ -136,6 +137,22 @@ def test_unknown_backbone_is_refused_with_the_known_ones(base: Path, adapter: Pa
     assert_says(refusal.value, str(base), "GPT2LMHeadModel", "Qwen3ForCausalLM", "LlamaForCausalLM")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(None, ["cannot be read"]), ("{", ["not valid JSON"]), ("[]", ["a JSON list"])],
+)
+def test_model_without_a_readable_config_is_refused(
+    base: Path, adapter: Path, content: str | None, words: list[str]
+) -> None:
+    path = base / "config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(BackboneError) as refusal:
+        start(base, adapter)
+    assert_says(refusal.value, str(path), *words)
+
+
 def test_stock_checkpoint_without_an_adapter_is_refused(base: Path) -> None:
     with pytest.raises(BackboneError) as refusal:
         start(base, None)
@@ -181,6 +198,9 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2
         ),
         ({"prefill_context_parallel_size": 2}, "--prefill-context-parallel-size"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
+        ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
+        ({"ubatch_size": 2}, "--ubatch-size"),
+        ({"load_format": "sharded_state"}, "--load-format sharded_state"),
         ({"speculative_config": DRAFTS}, "--speculative-config"),
         ({"kv_transfer_config": OTHER_CONNECTOR}, "'ExampleConnector'"),
     ],
@@ -198,6 +218,28 @@ def test_unsupported_engine_setting_is_refused(
             start(base, adapter, **setting)
 
 
+def test_setting_that_vllm_completes_later_is_refused_with_the_model(
+    base: Path, adapter: Path
+) -> None:
+    """Without a block size of the user's, vLLM chooses one after it asked us."""
+    config = configure(base, memory_overrides(str(base), str(adapter)), block_size=None)
+    assert served_adapter(config).source == adapter
+    config.cache_config.prefix_match_unit = 16
+    with pytest.raises(EngineConfigError) as refusal:
+        served_adapter(config)
+    assert_says(refusal.value, "--prefix-match-unit")
+
+
+def test_adapter_that_changes_while_the_engine_starts_is_refused(base: Path, adapter: Path) -> None:
+    overrides = memory_overrides(str(base), str(adapter))
+    config = configure(base, overrides)
+    change_json(adapter / "delta_mem_config.json", alpha=8.0)
+    with pytest.raises(AdapterError) as refusal:
+        served_adapter(config)
+    assert_says(refusal.value, str(adapter), "changed while the engine started")
+    assert served_adapter(configure(base, overrides)).config.alpha == 8.0
+
+
 def test_prefix_match_unit_of_a_whole_block_is_accepted(base: Path, adapter: Path) -> None:
     configure(base, memory_overrides(str(base), str(adapter)), prefix_match_unit=32)
 
@@ -206,7 +248,6 @@ def test_prefix_match_unit_of_a_whole_block_is_accepted(base: Path, adapter: Pat
     ("name", "value"),
     [
         ("kv_transfer_config", OTHER_CONNECTOR),
-        ("kv_transfer_config", None),
         ("worker_extension_cls", "some.module.Extension"),
     ],
 )

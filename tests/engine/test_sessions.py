@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from vllm import LLM, SamplingParams, TokensPrompt
+from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import StructuredOutputsParams
 
 from deltamem_vllm import Memory, MemoryLLM, MemorySnapshot
 from deltamem_vllm.adapter import Adapter, load_adapter, save_adapter
 from deltamem_vllm.engine import connector
+from deltamem_vllm.engine.request_args import MemoryArgs
 from deltamem_vllm.errors import MemoryRequestError, SnapshotError
 from deltamem_vllm.memory import OFF
+from deltamem_vllm.state.page import thresholds
 from tests.helpers import (
     DATA,
     VOCAB,
@@ -340,6 +345,43 @@ def test_turn_ends_at_a_stop_string_although_the_engine_ran_on(
     assert_turn_is(llm, "a", prompt, sampled[:4])
 
 
+def test_turn_that_ends_while_preempted_is_written(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pages are gone when the word of the stop string arrives."""
+    prompt, sampled, _ = ends(llm)
+    core = llm.llm_engine.engine_core
+    scheduler = core.engine_core.scheduler
+    abort = core.abort_requests
+
+    def abort_preempted(request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            request = scheduler.requests[request_id]
+            scheduler.running.remove(request)
+            scheduler._preempt_request(request, time.time())
+        abort(request_ids)
+
+    monkeypatch.setattr(core, "abort_requests", abort_preempted)
+    params = greedy(100, stop=[word(sampled[3])], detokenize=True)
+    (output,) = run(llm, prompt, Memory(session="a"), params)
+    assert list(output.outputs[0].token_ids) == sampled[:4]
+    monkeypatch.undo()
+    assert_turn_is(llm, "a", prompt, sampled[:4])
+
+
+def test_turn_that_the_engine_breaks_off_is_not_written(llm: MemoryLLM) -> None:
+    snapshot = write(llm, "a", random_tokens(1, 40))
+    # A grammar that the tokenizer of words cannot spell.
+    grammar = StructuredOutputsParams(choice=["w9 w8"])
+    broken = greedy(3, structured_outputs=grammar, detokenize=True)
+    memories = [Memory(session=name) for name in ("a", "b")]
+    outputs = run(llm, [[5, 6], [7, 8]], memories, [broken, greedy(3)])
+    reasons = [output.outputs[0].finish_reason for output in outputs]
+    assert reasons == ["error", "length"]
+    assert llm.sessions["a"] is snapshot
+    assert llm.sessions["b"].version == 1
+
+
 def test_turn_of_one_token_prompt_writes_it(llm: MemoryLLM) -> None:
     run(llm, [7], Memory(session="a"), greedy(1))
     assert llm.sessions["a"].tokens_written == 1
@@ -379,6 +421,45 @@ def test_failed_call_leaves_every_session_unchanged(
     llm.reset_prefix_cache()
     (again,) = run(llm, [5, 6], Memory(session="again"))
     torch.testing.assert_close(output_logprobs(after), output_logprobs(again), rtol=0, atol=NOISE)
+
+
+def saved_states() -> int:
+    """Final states that the worker keeps for somebody."""
+    return len(get_kv_transfer_group()._saved)
+
+
+def test_interrupted_call_leaves_nothing_in_the_engine(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    snapshot = write(llm, "a", random_tokens(1, 40))
+    saved = saved_states()
+    steps = iter(range(100))
+    step = llm.llm_engine.step
+
+    def interrupted() -> Any:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return step()
+
+    memories = [Memory(session=name) for name in ("a", "b")]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(llm.llm_engine, "step", interrupted)
+        run(llm, [[5, 6], [7, 8]], memories, [greedy(20), greedy(1)])
+    assert not llm.llm_engine.has_unfinished_requests()
+    assert saved_states() == saved
+    assert dict(llm.sessions) == {"a": snapshot}
+    (output,) = run(llm, [5, 6], memories[0], greedy(1))
+    assert len(output.outputs[0].token_ids) == 1
+    assert llm.sessions["a"].version == 2
+
+
+def test_call_beside_enqueued_requests_is_refused(llm: MemoryLLM) -> None:
+    llm.enqueue([[5, 6]], greedy(1), use_tqdm=False)
+    with pytest.raises(MemoryRequestError, match="wait_for_completion"):
+        run(llm, [7, 8], Memory(session="a"))
+    (output,) = llm.wait_for_completion(use_tqdm=False)
+    assert output.prompt_token_ids == [5, 6]
+    assert len(llm.sessions) == 0
 
 
 def test_snapshot_moves_to_another_session_by_assignment(llm: MemoryLLM) -> None:
@@ -521,7 +602,7 @@ def memories_of_all_kinds(llm: MemoryLLM) -> dict[str, Memory | None]:
     }
 
 
-def ask(llm: MemoryLLM, memory: Memory | None, prompt: list[int]) -> Any:
+def ask(llm: MemoryLLM, memory: Memory | None, prompt: Any) -> Any:
     """One request that leaves all sessions as they were."""
     before = dict(llm.sessions)
     (output,) = run(llm, prompt, memory)
@@ -566,6 +647,22 @@ def test_a_missing_salt_would_be_seen(llm: MemoryLLM, monkeypatch: pytest.Monkey
         assert output.num_cached_tokens == 3 * BLOCK
         difference = output_logprobs(output) - fresh[name]
         assert (difference.abs().max() > EFFECT) == (name != "first"), name
+
+
+def test_salt_of_a_client_cannot_pass_for_a_memory(llm: MemoryLLM) -> None:
+    """Whoever knows the salt of a memory still gets, and gives, no block of it."""
+    snapshot = write(llm, "a", random_tokens(1, 80))
+    salts = [MemoryArgs(None, *thresholds("off")).salt, MemoryArgs().salt]
+    salts.append(MemoryArgs(llm._shape.pack(snapshot.state), *thresholds("read_only")).salt)
+    memories = [OFF, None, Memory(session="a", mode="read_only")]
+    forged = [TokensPrompt(prompt_token_ids=SHARED, cache_salt=salt) for salt in salts]
+    for victim in memories:
+        for prompt in forged:
+            for attacker in memories:
+                llm.reset_prefix_cache()
+                ask(llm, victim, SHARED)
+                assert ask(llm, attacker, prompt).num_cached_tokens == 0
+                assert ask(llm, attacker, prompt).num_cached_tokens == 3 * BLOCK
 
 
 def test_memories_of_one_step_do_not_share_either(llm: MemoryLLM) -> None:

@@ -271,8 +271,7 @@ class Case:
 
     def _states(self, words: Tensor) -> Tensor:
         """The states' words of [num_blocks, words] of any dtype, as [num_blocks, ring, H, r, r]."""
-        start = self.layout.state_offset
-        used = words[:, start : start + self.ring * self.layout.state_words]
+        used = words[:, HEADER_WORDS:][:, : self.ring * self.layout.state_words]
         return used.unflatten(1, (self.ring, *self.rule.state_shape))
 
     def states(self, result: Result) -> Tensor:

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltamem_vllm.config import StateUpdateMode
 from deltamem_vllm.ops import (
     UPDATE_MODES,
     Batch,
     DeltaRule,
     StatePages,
-    UpdateMode,
     delta_rule_scan,
     memory_step,
 )
@@ -118,7 +118,9 @@ def test_reads_and_states_are_independent_of_chunks(
 
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("mode", UPDATE_MODES)
-def test_rounding_errors_do_not_grow_over_a_long_sequence(heads: int, mode: UpdateMode) -> None:
+def test_rounding_errors_do_not_grow_over_a_long_sequence(
+    heads: int, mode: StateUpdateMode
+) -> None:
     tokens = 3000
     case = Case(DeltaRule(8, heads, update_mode=mode), [Request(0, tokens)], seed=heads)
     expected = case.expected()
@@ -234,7 +236,9 @@ def test_nan_and_infinity_stay_in_their_request(
 @pytest.mark.parametrize("bias", [-1e30, -100.0, -60.0, -15.0, 15.0, 60.0, 100.0, 1e30])
 @pytest.mark.parametrize("mode", UPDATE_MODES)
 @pytest.mark.parametrize("couple_lambda", [True, False])
-def test_saturated_gates_stay_exact(bias: float, mode: UpdateMode, couple_lambda: bool) -> None:
+def test_saturated_gates_stay_exact(
+    bias: float, mode: StateUpdateMode, couple_lambda: bool
+) -> None:
     rule = DeltaRule(8, 2, couple_lambda=couple_lambda, update_mode=mode)
     case = Case(rule, [Request(0, 200)])
     case.gate_bias.fill_(bias)
