@@ -48,6 +48,9 @@ ABORT_TIMEOUT_S: Final = 5.0
 REPLAYS: Final = 3
 """Attempts to write a turn's kept tokens again; one fails only if it is preempted at its end."""
 
+PER_PROMPT: Final = ("lora_request", "priority")
+"""Further arguments of `LLM.generate` and `LLM.chat` that may come one per prompt."""
+
 COMPLETE: Final = ("stop", "length")
 """Finish reasons of turns that are committed."""
 
@@ -461,7 +464,7 @@ def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
 
 
 def _is_per_prompt(name: str, value: Any) -> bool:
-    return name in ("lora_request", "priority") and isinstance(value, Sequence)
+    return name in PER_PROMPT and isinstance(value, Sequence)
 
 
 def _check(memory: Memory | None, params: SamplingParams) -> None:

@@ -19,6 +19,7 @@ from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadata
 from deltamem_vllm.engine.connector import DeltaMemConnector
 from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.models.registry import ARCHITECTURES, MODEL_CLASSES
+from deltamem_vllm.offline import PER_PROMPT
 
 ATTENTION_CLASSES = [
     qwen2.Qwen2Attention,
@@ -370,3 +371,14 @@ def test_in_process_engine_can_be_recognised_and_stepped() -> None:
     assert "self.vllm_config = " in source
     assert callable(LLMEngine.step)
     assert inspect.isclass(compat.InprocClient)
+
+
+def test_every_argument_that_comes_per_prompt_is_split_by_waves() -> None:
+    """Turns of one session run in waves, so what comes per prompt must be dealt out with them."""
+    given = {
+        name
+        for method in (LLM.generate, LLM.chat)
+        for name, parameter in inspect.signature(method).parameters.items()
+        if "Sequence" in str(parameter.annotation)
+    }
+    assert given == {"prompts", "messages", "sampling_params", *PER_PROMPT}
