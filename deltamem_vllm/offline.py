@@ -105,7 +105,8 @@ class MemoryLLM(LLM):
     Args:
         model: a linked checkpoint, or a base model together with `adapter`; folder or hub id.
         adapter: the adapter's folder or hub id; None if the checkpoint carries its own.
-        engine_args: any argument of `vllm.LLM`.
+        engine_args: arguments of `vllm.LLM`, but for `kv_transfer_config` and
+            `worker_extension_cls`, which are set here.
 
     Raises:
         DeltaMemError: model, adapter or an engine argument cannot be served; the message says why.
