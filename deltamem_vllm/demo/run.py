@@ -24,7 +24,7 @@ from deltamem_vllm.offline import MemoryLLM
 
 WEAKNESSES: Final = (
     "Weak: recall falls with the number of facts; asked for something never told, the memory "
-    "mostly invents an answer; 0.8 M parameters that know one narrow kind of dialogue, one seed."
+    "sometimes invents an answer; 0.8 M parameters that know one narrow kind of dialogue, one seed."
 )
 """The demo's last line."""
 
