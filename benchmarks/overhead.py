@@ -355,7 +355,7 @@ def arguments() -> argparse.Namespace:
     mode.add_argument("--compile", dest="eager", action="store_false", help="the default")
     options.add_argument("--batch", type=int_list, default=(1, 8, 32), help="default 1,8,32")
     options.add_argument("--prefill", type=int_list, default=(512, 2048), help="default 512,2048")
-    options.add_argument("--rounds", type=int, help="default 7, with --quick 4")
+    options.add_argument("--rounds", type=int, help="default 7, with --quick 3")
     options.add_argument("--threads", type=int, help="OpenMP threads of an engine (default: cores)")
     given = options.parse_args()
     if given.adapter and not given.model:
@@ -367,7 +367,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
-    rounds = given.rounds or (4 if given.quick else 7)
+    rounds = given.rounds or (3 if given.quick else 7)
     threads = given.threads or available_cores()
     layers = QUICK_LAYERS if given.quick else FULL_LAYERS
     jobs = [Job("decode", size, 13 if given.quick else 33, seed=0) for size in given.batch]
