@@ -6,22 +6,20 @@ returns, every session that was written holds its new version.
 """
 
 import contextlib
+import os
 import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
 from pydantic import ValidationError
-from vllm import LLM, RequestOutput, SamplingParams, TokensPrompt
+from torch import Tensor
+from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logger import init_logger
 
-from deltamem_vllm.adapter import resolve_adapter_dir, resolve_base_dir, tensor_name
-from deltamem_vllm.adapter.backbone import read_base_config
-from deltamem_vllm.adapter.link import CONFIG_KEY
+from deltamem_vllm.adapter import tensor_name
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
 from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
 from deltamem_vllm.engine.settings import (
@@ -29,9 +27,9 @@ from deltamem_vllm.engine.settings import (
     CONNECTOR_NAME,
     adapter_of,
 )
-from deltamem_vllm.errors import BackboneError, DeltaMemError, EngineConfigError, MemoryRequestError
+from deltamem_vllm.errors import DeltaMemError, EngineConfigError, MemoryRequestError
 from deltamem_vllm.memory import Memory
-from deltamem_vllm.models.registry import ARCHITECTURES, MODEL_CLASSES
+from deltamem_vllm.models.overrides import memory_overrides
 from deltamem_vllm.state.page import thresholds
 from deltamem_vllm.state.snapshot import MemorySnapshot, StateShape
 
@@ -42,17 +40,14 @@ WORKER_EXTENSION: Final = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
 STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before the turn is given up."""
 
-ABORT_TIMEOUT_S: Final = 5.0
-"""How long to wait for the states of requests that an error ended, to let go of them."""
-
 REPLAYS: Final = 3
-"""Attempts to write a turn's kept tokens again; one fails only if it is preempted at its end."""
+"""Attempts to write a turn again; one fails only if it is preempted at its end."""
 
 PER_PROMPT: Final = ("lora_request", "priority")
 """Further arguments of `LLM.generate` and `LLM.chat` that may come one per prompt."""
 
-COMPLETE: Final = ("stop", "length")
-"""Finish reasons of turns that are committed."""
+BROKEN_OFF: Final = ("abort", "error")
+"""Finish reasons of turns that did not end by themselves, and are not written."""
 
 
 class Sessions(MutableMapping[str, MemorySnapshot]):
@@ -84,19 +79,34 @@ class Sessions(MutableMapping[str, MemorySnapshot]):
         return len(self._snapshots)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Turn:
-    """One prompt's memory, resolved when its wave starts, and its request once it is added."""
+    """One prompt's memory, and its request as it was given to the engine.
 
-    args: MemoryArgs | None
+    `session` is the one that the turn writes. `tokens` are those of the prompt, pending ones first,
+    and of the output.
+    """
+
+    args: MemoryArgs | None = None
+    session: str | None = None
     pending: Sequence[int] = ()
-    request_id: str | None = None
-    lora_request: Any = None
+    request: tuple[Any, Any, int] | None = None  # prompt, LoRA, priority
+    tokens: list[int] = field(default_factory=list)
 
     @property
-    def ticket(self) -> str | None:
-        """Key of the final state, None if nobody wants it."""
-        return None if self.args is None else self.args.ticket
+    def ticket(self) -> str:
+        """Key of the final state of a turn that writes."""
+        assert self.args is not None and self.args.ticket is not None
+        return self.args.ticket
+
+
+@dataclass
+class _Written:
+    """What the turns of a call have written so far; becomes visible when all have ended."""
+
+    snapshots: dict[str, MemorySnapshot] = field(default_factory=dict)
+    broken_off: set[str] = field(default_factory=set)
+    """Sessions of which a turn was broken off: none of their later turns counts."""
 
 
 class MemoryLLM(LLM):
@@ -120,15 +130,17 @@ class MemoryLLM(LLM):
             if engine_args.pop(name, None):
                 raise EngineConfigError(f"MemoryLLM sets {name} itself; leave it out.")
         self._turns: deque[_Turn] = deque()
+        # As for adapters, and unlike vLLM, "~" is understood.
+        model = os.path.expanduser(model)
         overrides = memory_overrides(
-            str(model),
+            model,
             adapter,
             engine_args.pop("hf_overrides", None),
             revision=engine_args.get("revision"),
         )
         try:
             super().__init__(
-                model=str(model),
+                model=model,
                 hf_overrides=overrides,
                 kv_transfer_config=KVTransferConfig(
                     kv_connector=CONNECTOR_NAME,
@@ -142,7 +154,9 @@ class MemoryLLM(LLM):
             raise _cause(error) from None
         adapter_served = adapter_of(self.llm_engine.vllm_config)
         self._shape = StateShape(
-            layer_names=tuple(map(layer_name, adapter_served.layer_indices)),
+            layer_names=tuple(
+                tensor_name(index, "").removesuffix(".") for index in adapter_served.layer_indices
+            ),
             layer_indices=adapter_served.layer_indices,
             shape=adapter_served.config.state_shape,
         )
@@ -165,8 +179,8 @@ class MemoryLLM(LLM):
 
         Returns:
             One output per prompt. Where a session had pending tokens, `prompt_token_ids` (and
-            `prompt_logprobs`) begin with them. A turn that the engine broke off (its output's
-            finish reason is neither "stop" nor "length") leaves its session as it was.
+            `prompt_logprobs`) begin with them. A turn that the engine broke off (finish reason
+            "abort" or "error") is not written, nor are later ones of its session in this call.
 
         Raises:
             MemoryRequestError: a memory cannot be served as asked.
@@ -204,8 +218,8 @@ class MemoryLLM(LLM):
         memories = _per_prompt("memory", memory, len(prompts))
         for one, its_params in zip(memories, params, strict=True):
             _check(one, its_params)
-        before = dict(self.sessions)
         outputs: dict[int, RequestOutput] = {}
+        written = _Written()
         try:
             for wave in _waves(memories):
                 wave_kwargs = {
@@ -218,12 +232,14 @@ class MemoryLLM(LLM):
                     [params[index] for index in wave],
                     [memories[index] for index in wave],
                     wave_kwargs,
+                    written,
                 )
                 outputs.update(zip(wave, results, strict=True))
         except BaseException:
-            # The caller gets no output and may call again: no turn of this call may stay written.
-            self.sessions._snapshots = before
+            self._abandon()
             raise
+        # Not before: after an error the caller gets no output and may call again.
+        self.sessions._snapshots.update(written.snapshots)
         return [outputs[index] for index in range(len(prompts))]
 
     def _run_wave(
@@ -233,137 +249,132 @@ class MemoryLLM(LLM):
         params: list[SamplingParams],
         memories: list[Memory | None],
         kwargs: dict[str, Any],
+        written: _Written,
     ) -> list[RequestOutput]:
-        """Run prompts of which no two write one session, and commit their states."""
-        turns = [self._turn(memory) for memory in memories]
+        """Run prompts of which no two write one session; add what they wrote to `written`."""
+        before = {**self.sessions, **written.snapshots}
+        turns = [self._turn(memory, before) for memory in memories]
         self._turns = deque(turns)
         try:
             outputs: list[RequestOutput] = run(prompts, params, **kwargs)
-        except BaseException:
-            self._abandon(turns)
-            raise
         finally:
             self._turns.clear()
-        self._commit(memories, turns, outputs)
+        writing = [turn for turn in turns if turn.session is not None]
+        for turn, output in zip(turns, outputs, strict=True):
+            turn.tokens = [*(output.prompt_token_ids or ()), *output.outputs[0].token_ids]
+            reason = output.outputs[0].finish_reason
+            if turn.session is not None and reason in BROKEN_OFF:
+                logger.warning(
+                    "delta-mem: a turn of session %r ended with finish reason %r; neither it nor "
+                    "later turns of the session in this call are written",
+                    turn.session,
+                    reason,
+                )
+                written.broken_off.add(turn.session)
+        kept = [turn for turn in writing if turn.session not in written.broken_off]
+        self._take_states([turn.ticket for turn in writing if turn not in kept])
+        for turn, by_layer in self._final_states(kept):
+            assert turn.session is not None
+            written.snapshots[turn.session] = _next_version(
+                before.get(turn.session), self._shape.unpack(by_layer), turn.tokens
+            )
         return outputs
 
-    def _abandon(self, turns: list[_Turn]) -> None:
-        """Abort what an error left in the engine, and let go of the states that this leaves."""
-        added = [turn for turn in turns if turn.request_id is not None]
+    def _abandon(self) -> None:
+        """Clear what an error left in the engine: requests, final states, half-filled blocks."""
         # The error that brought us here may be that of a dead engine; it is the one to report.
         with contextlib.suppress(Exception):
-            self.llm_engine.abort_request([str(turn.request_id) for turn in added], internal=True)
-            tickets = [turn.ticket for turn in added if turn.ticket is not None]
-            self._take_states(tickets, timeout_s=ABORT_TIMEOUT_S)
+            # Nobody else's are in there: a call starts with an idle engine.
+            requests = list(self.llm_engine.output_processor.request_states)
+            self.llm_engine.abort_request(requests, internal=True)
+            for _ in range(2):
+                # Between two worker calls the engine steps, which hands the final states over.
+                self._let_engine_step()
+                self.collective_rpc("forget_memory_states")
+            if isinstance(self.llm_engine.engine_core, InprocClient):
+                # The scheduler hashes blocks before the forward that fills them, and that may be
+                # what was interrupted.
+                self.reset_prefix_cache()
 
-    def _turn(self, memory: Memory | None) -> _Turn:
+    def _turn(self, memory: Memory | None, before: Mapping[str, MemorySnapshot]) -> _Turn:
         if memory is None:
-            return _Turn(args=None)
-        snapshot = None if memory.session is None else self.sessions.get(memory.session)
+            return _Turn()
+        snapshot = None if memory.session is None else before.get(memory.session)
         read_from, write_from = thresholds(memory.mode)
         writes = memory.mode == "read_write"
+        ticket = uuid.uuid4().hex if writes else None
+        state = None if snapshot is None else self._shape.pack(snapshot.state)
         return _Turn(
-            args=MemoryArgs(
-                state=None if snapshot is None else self._shape.pack(snapshot.state),
-                read_from=read_from,
-                write_from=write_from,
-                ticket=uuid.uuid4().hex if writes else None,
-            ),
-            pending=snapshot.pending_token_ids if snapshot is not None and writes else [],
+            args=MemoryArgs(state, read_from, write_from, ticket),
+            session=memory.session if writes else None,
+            pending=snapshot.pending_token_ids if snapshot is not None and writes else (),
         )
 
     def _add_request(
         self, prompt: Any, params: Any, lora_request: Any = None, priority: int = 0
     ) -> str:
         """Called by vLLM for each rendered prompt, in order: add what the turn brings along."""
-        turn = self._turns.popleft() if self._turns else _Turn(args=None)
+        turn = self._turns.popleft() if self._turns else _Turn()
         if turn.args is not None:
             params = with_memory(params, turn.args)
-        if turn.ticket is not None:
+        if turn.session is not None:
             if "prompt_token_ids" not in prompt:
                 raise MemoryRequestError(
                     "a prompt that writes a session must consist of text or token ids, not of "
                     "embeddings."
                 )
             prompt = {**prompt, "prompt_token_ids": [*turn.pending, *prompt["prompt_token_ids"]]}
+        turn.request = (prompt, lora_request, priority)
         request_id: str = super()._add_request(prompt, params, lora_request, priority)
-        turn.request_id, turn.lora_request = request_id, lora_request
         return request_id
 
-    def _commit(
-        self, memories: list[Memory | None], turns: list[_Turn], outputs: list[RequestOutput]
-    ) -> None:
-        """Leave the final states in their sessions; all of a wave's, or, on an error, none."""
-        written = [
-            (memory.session, turn, turn.ticket, output)
-            for memory, turn, output in zip(memories, turns, outputs, strict=True)
-            if memory is not None and memory.session is not None and turn.ticket is not None
-        ]
-        states = self._take_states([ticket for _, _, ticket, _ in written])
-        snapshots = {}
-        for session, turn, ticket, output in written:
-            if output.outputs[0].finish_reason not in COMPLETE:
-                logger.warning(
-                    "delta-mem: a turn of session %r ended with finish reason %r and was not "
-                    "written",
-                    session,
-                    output.outputs[0].finish_reason,
-                )
-                continue
-            tokens = [*(output.prompt_token_ids or ()), *output.outputs[0].token_ids]
-            kept = len(tokens) - 1
-            num_tokens, by_layer = states[ticket]
-            if num_tokens != kept:
-                # The engine had run on when a stop string was found, or the request was preempted
-                # at its end: write the kept tokens again.
-                by_layer = self._replay(turn, tokens[:-1])
-            before = self.sessions.get(session)
-            snapshots[session] = MemorySnapshot(
-                state=self._shape.unpack(by_layer),
-                version=1 if before is None else before.version + 1,
-                tokens_written=kept + (0 if before is None else before.tokens_written),
-                pending_token_ids=tokens[-1:],
-            )
-        self.sessions._snapshots.update(snapshots)
+    def _final_states(self, turns: list[_Turn]) -> Iterator[tuple[_Turn, dict[int, bytes]]]:
+        """Each finished turn's state after all of its tokens but the last, which was not fed.
 
-    def _replay(self, turn: _Turn, tokens: list[int]) -> dict[int, bytes]:
-        """The state after exactly `tokens`, written once more from the turn's first state.
+        A turn whose state is another one is written again: the engine had run on when its stop
+        string was found, or it was preempted at its end.
+
+        Returns:
+            Turns, in any order, with layer index -> fp32 [H, r, r] bytes.
 
         Raises:
-            DeltaMemError: it could not be written in `REPLAYS` attempts.
+            DeltaMemError: a state could not be had.
         """
-        for _ in range(REPLAYS):
-            ticket = uuid.uuid4().hex
-            assert turn.args is not None
-            self._turns = deque([_Turn(msgspec.structs.replace(turn.args, ticket=ticket))])
-            super().generate(
-                TokensPrompt(prompt_token_ids=tokens),
-                SamplingParams(max_tokens=1, detokenize=False),
-                use_tqdm=False,
-                lora_request=turn.lora_request,
-            )
-            num_tokens, by_layer = self._take_states([ticket])[ticket]
-            if num_tokens == len(tokens):
-                return by_layer
+        missing = {turn.ticket: turn for turn in turns}
+        for _ in range(1 + REPLAYS):
+            for ticket, (num_tokens, by_layer) in self._take_states(list(missing)).items():
+                if num_tokens == len(missing[ticket].tokens) - 1:
+                    yield missing.pop(ticket), by_layer
+            if not missing:
+                return
+            for turn in missing.values():
+                self._write_again(turn)
+            self._run_engine(RequestOutput, use_tqdm=False)
         raise DeltaMemError(
-            f"a turn's {len(tokens)} kept tokens could not be written again in {REPLAYS} attempts; "
-            "the KV cache is too small for the requests that share it."
+            f"{len(missing)} turn(s) could not be written again in {REPLAYS} attempts: the KV "
+            "cache is too small for the requests that share it. No session was changed."
         )
 
-    def _take_states(
-        self, tickets: list[str], timeout_s: float = STATE_TIMEOUT_S
-    ) -> dict[str, tuple[int, dict[int, bytes]]]:
+    def _write_again(self, turn: _Turn) -> None:
+        """Add a request that feeds a turn's kept tokens, under the same memory and ticket."""
+        assert turn.args is not None and turn.request is not None
+        prompt, lora_request, priority = turn.request
+        prompt = {**prompt, "prompt_token_ids": turn.tokens[:-1]}
+        params = with_memory(SamplingParams(max_tokens=1, detokenize=False), turn.args)
+        super()._add_request(prompt, params, lora_request, priority)
+
+    def _take_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
         """Collect the final states of finished requests from all workers.
 
         Returns:
-            ticket -> (tokens, layer index -> fp32 [H, r, r] bytes).
+            ticket -> (tokens, layer index -> fp32 [H, r, r] bytes; none for 0 tokens).
 
         Raises:
             DeltaMemError: a state did not arrive in time.
         """
         taken: dict[str, tuple[int, dict[int, bytes]]] = {}
         missing = set(tickets)
-        deadline = time.monotonic() + timeout_s
+        deadline = time.monotonic() + STATE_TIMEOUT_S
         while missing:
             for states in self.collective_rpc("take_memory_states", args=(sorted(missing),)):
                 for ticket, (num_tokens, by_layer) in states.items():
@@ -371,12 +382,13 @@ class MemoryLLM(LLM):
             missing = {
                 ticket
                 for ticket in tickets
-                if ticket not in taken or set(taken[ticket][1]) != set(self._shape.layer_indices)
+                if ticket not in taken
+                or (taken[ticket][0] > 0 and len(taken[ticket][1]) < len(self._shape.layer_indices))
             }
             if missing and time.monotonic() > deadline:
                 raise DeltaMemError(
                     f"the final state of {len(missing)} request(s) did not arrive within "
-                    f"{timeout_s:.0f} s; their sessions are unchanged."
+                    f"{STATE_TIMEOUT_S:.0f} s; no session was changed."
                 )
             if missing:
                 self._let_engine_step()
@@ -390,53 +402,16 @@ class MemoryLLM(LLM):
             time.sleep(0.001)
 
 
-def layer_name(index: int) -> str:
-    """A layer as the adapter's keys name it, without the parameter."""
-    return tensor_name(index, "").removesuffix(".")
-
-
-def memory_overrides(
-    model: str, adapter: str | None, overrides: Any = None, revision: str | None = None
-) -> dict[str, Any]:
-    """The `hf_overrides` that make vLLM serve `model` with memory.
-
-    Args:
-        model: folder or hub id of a linked checkpoint or of a base model.
-        adapter: the adapter; None for a linked checkpoint.
-        overrides: the user's own overrides, kept.
-        revision: of `model` on the hub.
-
-    Raises:
-        BackboneError: there is no such model, or its architecture is not one we serve.
-        EngineConfigError: `overrides` is not a dict.
-    """
-    if overrides is not None and not isinstance(overrides, dict):
-        raise EngineConfigError("MemoryLLM takes hf_overrides only as a dict.")
-    overrides_given: dict[str, Any] = dict(overrides or {})
-    config = read_base_config(resolve_base_dir(model, config_only=True, revision=revision))
-    names = overrides_given.get("architectures") or config.get("architectures") or [None]
-    architecture = names[0]
-    if adapter is None:
-        if architecture not in MODEL_CLASSES:
-            raise BackboneError(
-                f"{model} has architecture {architecture!r} and carries no adapter. Pass adapter=, "
-                "or make a linked checkpoint with `deltamem adapter link`."
-            )
-        return overrides_given
-    served = ARCHITECTURES.get(architecture, architecture)
-    if served not in MODEL_CLASSES:
-        raise BackboneError(
-            f"{model} has architecture {architecture!r}; delta-mem serves "
-            f"{', '.join(sorted(ARCHITECTURES))}."
-        )
-    return {
-        **overrides_given,
-        "architectures": [served],
-        CONFIG_KEY: {
-            **overrides_given.get(CONFIG_KEY, {}),
-            "adapter": str(Path(resolve_adapter_dir(str(adapter))).resolve()),
-        },
-    }
+def _next_version(
+    before: MemorySnapshot | None, state: Mapping[str, Tensor], tokens: list[int]
+) -> MemorySnapshot:
+    """A session after a turn that fed all of `tokens` but the last."""
+    return MemorySnapshot(
+        state=state,
+        version=1 if before is None else before.version + 1,
+        tokens_written=len(tokens) - 1 + (0 if before is None else before.tokens_written),
+        pending_token_ids=tokens[-1:],
+    )
 
 
 def _cause(error: ValidationError) -> Exception:
@@ -472,6 +447,11 @@ def _check(memory: Memory | None, params: SamplingParams) -> None:
     if memory is not None and not isinstance(memory, Memory):
         raise MemoryRequestError(
             f"memory must be a Memory or None, not {type(memory).__name__}: {memory!r}"
+        )
+    if not isinstance(params, SamplingParams):
+        raise MemoryRequestError(
+            f"sampling_params must be SamplingParams, not {type(params).__name__}; `beam_search` "
+            "runs beams, with ephemeral memories."
         )
     if ARGS_KEY in (params.extra_args or {}):
         raise MemoryRequestError(

@@ -206,7 +206,7 @@ def test_streams_say_the_same(client: openai.OpenAI, offline: Offline) -> None:
 def test_start_up_log_says_what_is_served_and_what_it_takes(server: Server) -> None:
     log = server.log.read_text()
     assert f"delta-mem adapter {load_adapter(CASE / 'adapter').fingerprint[:12]}" in log
-    assert "delta-mem: state pages take 1.92% of the KV cache (320 of 16704 bytes" in log
+    assert "delta-mem: state pages take 3.40% of the KV cache (576 of 16960 bytes" in log
 
 
 # Refusals

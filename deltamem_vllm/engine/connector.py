@@ -27,7 +27,7 @@ from deltamem_vllm.engine.compat import (
 )
 from deltamem_vllm.engine.memory_layer import MemoryLayer
 from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
-from deltamem_vllm.engine.settings import adapter_of
+from deltamem_vllm.engine.settings import adapter_of, page_layout
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.ops import READ_FROM, WRITE_FROM
 from deltamem_vllm.state.page import HEADER_WORDS
@@ -50,14 +50,27 @@ class PageLoad:
 class PageSave:
     """Keep the state after `num_tokens` tokens, which lies in `block`, under `ticket`.
 
-    A request that holds no block, because it ended while it waited or was preempted, leaves the
-    empty state of 0 tokens; whoever wants another one must run it again.
+    A request that holds no block, because it ended while it waited or was preempted, leaves 0
+    tokens and no state; whoever wants one must run it again.
     """
 
     request_id: str
     ticket: str
     block: int | None
     num_tokens: int
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """A final state, waiting in the worker to be taken."""
+
+    num_tokens: int
+    states: dict[int, Tensor]  # layer index -> [H, r, r] fp32; empty for 0 tokens
+
+    def encoded(self) -> tuple[int, dict[int, bytes]]:
+        return self.num_tokens, {
+            index: state.cpu().numpy().tobytes() for index, state in self.states.items()
+        }
 
 
 @dataclass
@@ -78,6 +91,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self.adapter = adapter_of(vllm_config)
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         # Scheduler side
+        self._ring = page_layout(self.adapter, vllm_config).ring
         self._args: dict[str, MemoryArgs] = {}
         self._saves: list[PageSave] = []
         # Worker side
@@ -151,10 +165,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hold the blocks of a request whose final state is wanted until the worker copied it."""
         args = self._args.pop(request.request_id, None)
-        # The last sampled token was never fed; with steps in flight, more than that was.
-        num_tokens = min(request.num_computed_tokens, request.num_tokens - 1)
         if args is None or args.ticket is None:
             return False, None
+        computed = request.num_computed_tokens
+        # The last sampled token counts as not fed, although a step that feeds it may be running, or
+        # have run: an abort is handled between a forward and its outcome. Claim no state that is
+        # no longer in the ring.
+        num_tokens = max(min(computed, request.num_tokens - 1), computed - self._ring + 1)
         if num_tokens <= 0:
             self._saves.append(PageSave(request.request_id, args.ticket, None, 0))
             return False, None
@@ -173,12 +190,16 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._load(connector_metadata.loads)
 
     def _save(self, save: PageSave) -> None:
-        # Tensor parallel ranks hold equal states, so one of them is enough.
-        if get_tensor_model_parallel_rank() == 0:
-            states = {layer.layer_index: _state(layer, save) for layer in self._layers}
-            self._saved[save.ticket] = SavedState(save.num_tokens, states)
+        states = {}
         if save.block is not None:
             self._finished.add(save.request_id)
+            states = {
+                layer.layer_index: layer.state_at(save.block, save.num_tokens).clone()
+                for layer in self._layers
+            }
+        # Tensor parallel ranks hold equal states, so one of them is enough.
+        if get_tensor_model_parallel_rank() == 0:
+            self._saved[save.ticket] = SavedState(save.num_tokens, states)
 
     def _load(self, loads: list[PageLoad]) -> None:
         """Write headers and initial states of all starting requests, one copy per layer."""
@@ -228,23 +249,6 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             ticket: self._saved.pop(ticket).encoded() for ticket in tickets if ticket in self._saved
         }
 
-
-def _state(layer: MemoryLayer, save: PageSave) -> Tensor:
-    """A copy of one layer's state [H, r, r]."""
-    assert layer.pages is not None
-    if save.block is None:
-        return torch.zeros(layer.layout.state_shape)
-    return layer.pages.states[save.block, save.num_tokens % layer.layout.ring].clone()
-
-
-@dataclass(frozen=True)
-class SavedState:
-    """A final state, waiting in the worker to be taken."""
-
-    num_tokens: int
-    states: dict[int, Tensor]  # layer index -> [H, r, r] fp32
-
-    def encoded(self) -> tuple[int, dict[int, bytes]]:
-        return self.num_tokens, {
-            index: state.cpu().numpy().tobytes() for index, state in self.states.items()
-        }
+    def forget_states(self) -> None:
+        """Drop all final states that nobody took."""
+        self._saved.clear()

@@ -74,6 +74,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
+        self.loaded = False
+        self._made_up = vllm_config.load_config.load_format == "dummy"
         self.block_size = 0
         # In a tuple: the module must not become a child of this one.
         self._siblings = (attention.attn,)
@@ -121,6 +123,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         if self.output_norm is not None:
             (norm,) = present(weights.delta_o_rmsnorm_weight)
             self.output_norm.data.copy_(norm.float())
+        self.loaded = True
 
     def _scale(self, head: DeltaHead, weights: LayerWeights) -> float:
         scale = self.config.scaling
@@ -242,10 +245,24 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             logger.info_once("%s", message)
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
-        """Take this layer's part of the KV cache: [num_blocks, 1, 1, page] of the spec's dtype."""
+        """Take this layer's part of the KV cache: [num_blocks, 1, 1, page] of the spec's dtype.
+
+        Raises:
+            EngineConfigError: the loader left the memory without its adapter.
+        """
+        if not self.loaded and not self._made_up:
+            raise EngineConfigError(
+                f"{self.layer_name}: the adapter was not loaded; this --load-format does not call "
+                "the model's `load_weights`. Use another one."
+            )
         pages = kv_cache.flatten(1).view(torch.uint8)
         self.kv_cache = kv_cache
         self.pages = self.layout.views(pages)
+
+    def state_at(self, block: int, num_tokens: int) -> Tensor:
+        """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""
+        assert self.pages is not None
+        return self.pages.states[block, num_tokens % self.layout.ring]
 
 
 def corrected(base: Tensor, delta: Tensor | None, reads: Tensor) -> Tensor:

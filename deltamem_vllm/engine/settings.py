@@ -129,7 +129,10 @@ def delta_rule(adapter: Adapter) -> DeltaRule:
 
 
 def page_layout(adapter: Adapter, vllm_config: VllmConfig) -> PageLayout:
-    """A state page for `adapter`, its ring as short as the engine's configuration allows."""
+    """A state page for `adapter`, its ring as short as the engine's configuration allows.
+
+    With asynchronous scheduling, a step is scheduled while the one before it runs.
+    """
     steps_in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
     return PageLayout(
         state_shape=adapter.config.state_shape,
@@ -148,6 +151,8 @@ class MemoryConfigHook(VerifyAndUpdateConfig):
         adapter = adapter_of(vllm_config)
         MemoryConfigHook.serving = True
         refuse_unsupported(vllm_config, adapter)
+        if not isinstance(vllm_config.additional_config or {}, dict):
+            raise EngineConfigError("delta-mem needs --additional-config to be a JSON object.")
         if vllm_config.load_config.load_format == "dummy":
             logger.warning("delta-mem: load_format=dummy makes up the memory's weights too")
         use_one_cache_group(vllm_config)
@@ -179,7 +184,12 @@ def served_adapter(vllm_config: VllmConfig) -> Adapter:
     """
     adapter = adapter_of(vllm_config)
     refuse_unsupported(vllm_config, adapter)
-    configured = vllm_config.additional_config[FINGERPRINT_KEY]
+    configured = vllm_config.additional_config.get(FINGERPRINT_KEY)
+    if configured is None:
+        raise EngineConfigError(
+            "vLLM built the model without asking for its settings to be checked; make the engine's "
+            "configuration by EngineArgs, LLM or `vllm serve`."
+        )
     if adapter.fingerprint != configured:
         raise AdapterError(
             f"{adapter.source}: the adapter changed while the engine started (fingerprint "

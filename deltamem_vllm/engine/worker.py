@@ -12,3 +12,9 @@ class MemoryWorkerExtension:
         connector = get_kv_transfer_group()
         assert isinstance(connector, DeltaMemConnector)
         return connector.take_states(tickets)
+
+    def forget_memory_states(self) -> None:
+        """See `DeltaMemConnector.forget_states`."""
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, DeltaMemConnector)
+        connector.forget_states()

@@ -51,7 +51,10 @@ def thresholds(mode: MemoryMode) -> Thresholds:
 
 
 def ring_length(steps_in_flight: int, draft_tokens: int) -> int:
-    """Ring slots so that every state the engine may still fall back to is in a page.
+    """Ring slots so that every state that may still be asked for is in a page.
+
+    That is one more than the engine may fall back to: a request can be aborted between a step's
+    forward, which fed its last token, and the step's outcome.
 
     Args:
         steps_in_flight: steps that are scheduled before an earlier one's outcome is known, itself
@@ -66,7 +69,7 @@ def ring_length(steps_in_flight: int, draft_tokens: int) -> int:
             "expected steps_in_flight >= 1 and draft_tokens >= 0, "
             f"got {steps_in_flight} and {draft_tokens}"
         )
-    return steps_in_flight * (draft_tokens + 1)
+    return steps_in_flight * (draft_tokens + 1) + 1
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from vllm.forward_context import ForwardContext
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
+from vllm.v1.engine.llm_engine import LLMEngine
+from vllm.v1.engine.output_processor import OutputProcessor
 
 from deltamem_vllm.engine import compat
 from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadataBuilder
@@ -204,7 +206,7 @@ def test_every_method_the_connector_overrides_exists_in_vllm() -> None:
         if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     }
     known = set(dir(compat.KVConnectorBase_V1)) | set(dir(compat.SupportsHMA))
-    assert ours - known == {"take_states"}
+    assert ours - known == {"forget_states", "take_states"}
 
 
 def test_scheduler_output_tells_which_requests_start() -> None:
@@ -382,3 +384,12 @@ def test_every_argument_that_comes_per_prompt_is_split_by_waves() -> None:
         if "Sequence" in str(parameter.annotation)
     }
     assert given == {"prompts", "messages", "sampling_params", *PER_PROMPT}
+
+
+def test_an_engine_can_be_cleared_of_all_its_requests() -> None:
+    """`MemoryLLM` aborts by the ids under which the output processor knows its requests."""
+    assert parameters(LLMEngine.abort_request) == ("request_ids", "internal")
+    assert "request_states" in own_source(OutputProcessor)
+    assert "internal" in parameters(OutputProcessor.abort_requests)
+    assert parameters(LLM._run_engine) == ("output_type", "use_tqdm")
+    assert parameters(LLM._add_request) == ("prompt", "params", "lora_request", "priority")

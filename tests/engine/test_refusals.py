@@ -24,7 +24,7 @@ from deltamem_vllm.errors import (
     MemoryRequestError,
 )
 from deltamem_vllm.memory import OFF
-from deltamem_vllm.offline import memory_overrides
+from deltamem_vllm.models.overrides import memory_overrides
 from tests.helpers import DATA, change_json, running
 
 CASE = DATA / "qwen3_tsw"
@@ -230,6 +230,13 @@ def test_setting_that_vllm_completes_later_is_refused_with_the_model(
     assert_says(refusal.value, "--prefix-match-unit")
 
 
+def test_configuration_that_was_never_checked_is_refused(base: Path, adapter: Path) -> None:
+    config = configure(base, memory_overrides(str(base), str(adapter)))
+    config.additional_config.clear()
+    with pytest.raises(EngineConfigError, match="EngineArgs"):
+        served_adapter(config)
+
+
 def test_adapter_that_changes_while_the_engine_starts_is_refused(base: Path, adapter: Path) -> None:
     overrides = memory_overrides(str(base), str(adapter))
     config = configure(base, overrides)
@@ -296,7 +303,7 @@ def test_compiled_graphs_of_two_adapters_are_kept_apart(base: Path, adapter: Pat
 
 
 def write_rank_64_adapter(folder: Path) -> Path:
-    """State pages as large as the K/V of a block of 32 tokens of the tiny backbone."""
+    """State pages twice as large as the K/V of a block of 32 tokens of the tiny backbone."""
     config = DeltaMemConfig(rank=64, delta_heads=("q", "o"))
     shapes = layer_tensor_shapes(config, hidden_size=64, q_size=128, kv_size=64)
     tensors = {
@@ -310,10 +317,10 @@ def write_rank_64_adapter(folder: Path) -> Path:
 def test_state_pages_above_the_allowed_share_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineConfigError) as refusal:
         start(CASE / "model", write_rank_64_adapter(tmp_path / "wide"))
-    assert_says(refusal.value, "50.1% of the KV cache", "max_kv_share=50%", "--block-size 512")
+    assert_says(refusal.value, "66.7% of the KV cache", "max_kv_share=50%", "--block-size 1024")
 
 
-@pytest.mark.parametrize(("block_size", "warned"), [(64, True), (512, False)])
+@pytest.mark.parametrize(("block_size", "warned"), [(128, True), (1024, False)])
 def test_large_state_pages_come_with_a_warning_and_a_better_block_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_size: int, warned: bool
 ) -> None:
@@ -325,7 +332,7 @@ def test_large_state_pages_come_with_a_warning_and_a_better_block_size(
     adapter = write_rank_64_adapter(tmp_path / "wide")
     with running(start(CASE / "model", adapter, block_size=block_size, max_model_len=512)):
         assert len(warnings) == warned
-    assert all("33.42%" in warning and "--block-size 512" in warning for warning in warnings)
+    assert all("33.38%" in warning and "--block-size 1024" in warning for warning in warnings)
 
 
 # A request's memory

@@ -14,7 +14,7 @@ from torch import Tensor
 from vllm import LLM, SamplingParams, TokensPrompt
 from vllm.distributed.kv_transfer import get_kv_transfer_group
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import StructuredOutputsParams
+from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 from deltamem_vllm import Memory, MemoryLLM, MemorySnapshot
 from deltamem_vllm.adapter import Adapter, load_adapter, save_adapter
@@ -345,6 +345,46 @@ def test_turn_ends_at_a_stop_string_although_the_engine_ran_on(
     assert_turn_is(llm, "a", prompt, sampled[:4])
 
 
+def test_turn_whose_stop_string_arrives_during_a_step_is_written(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a process of its own: the engine takes aborts between a forward and its outcome."""
+    prompt, sampled, _ = ends(llm)
+    core = llm.llm_engine.engine_core
+    monkeypatch.setattr(core, "abort_requests", core.engine_core.aborts_queue.put)
+    params = greedy(100, stop=[word(sampled[3])], detokenize=True)
+    (output,) = run(llm, prompt, Memory(session="a"), params)
+    assert list(output.outputs[0].token_ids) == sampled[:4]
+    monkeypatch.undo()
+    assert_turn_is(llm, "a", prompt, sampled[:4])
+
+
+def test_turn_that_is_written_again_keeps_the_salt_of_its_client(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core = llm.llm_engine.engine_core
+    abort = core.abort_requests
+    added = []
+    again = llm._write_again
+
+    def abort_late(request_ids: list[str]) -> None:
+        for _ in range(3 if request_ids else 0):
+            core.get_output()
+        abort(request_ids)
+
+    monkeypatch.setattr(core, "abort_requests", abort_late)
+    monkeypatch.setattr(llm, "_write_again", lambda turn: added.append(turn) or again(turn))
+    (first,) = run(llm, SHARED, Memory(session="probe"), greedy(2))
+    llm.reset_prefix_cache()
+    stop = [word(first.outputs[0].token_ids[1])]
+    secret = TokensPrompt(prompt_token_ids=SHARED, cache_salt="secret")
+    run(llm, secret, Memory(session="a"), greedy(50, stop=stop, detokenize=True))
+    monkeypatch.undo()
+    assert len(added) == 1
+    assert ask(llm, Memory(session="new"), SHARED).num_cached_tokens == 0
+    assert ask(llm, Memory(session="new"), secret).num_cached_tokens == 3 * BLOCK
+
+
 def test_turn_that_ends_while_preempted_is_written(
     llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,10 +414,10 @@ def test_turn_that_the_engine_breaks_off_is_not_written(llm: MemoryLLM) -> None:
     # A grammar that the tokenizer of words cannot spell.
     grammar = StructuredOutputsParams(choice=["w9 w8"])
     broken = greedy(3, structured_outputs=grammar, detokenize=True)
-    memories = [Memory(session=name) for name in ("a", "b")]
-    outputs = run(llm, [[5, 6], [7, 8]], memories, [broken, greedy(3)])
+    memories = [Memory(session=name) for name in ("a", "b", "a")]
+    outputs = run(llm, [[5, 6], [7, 8], [9, 10]], memories, [broken, greedy(3), greedy(3)])
     reasons = [output.outputs[0].finish_reason for output in outputs]
-    assert reasons == ["error", "length"]
+    assert reasons == ["error", "length", "length"]
     assert llm.sessions["a"] is snapshot
     assert llm.sessions["b"].version == 1
 
@@ -423,34 +463,60 @@ def test_failed_call_leaves_every_session_unchanged(
     torch.testing.assert_close(output_logprobs(after), output_logprobs(again), rtol=0, atol=NOISE)
 
 
-def saved_states() -> int:
-    """Final states that the worker keeps for somebody."""
-    return len(get_kv_transfer_group()._saved)
+def interrupt_a_step(llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = llm.llm_engine.step
+    fail_later(monkeypatch, llm.llm_engine, "step", step)
 
 
+def interrupt_a_forward(llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scheduler has hashed the step's blocks by then, and nothing fills them."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    fail_later(monkeypatch, executor, "execute_model", executor.execute_model, calls=0)
+
+
+def interrupt_the_collection(llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_later(monkeypatch, llm, "_take_states", llm._take_states, calls=1)
+
+
+def fail_later(
+    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, method: Any, calls: int = 3
+) -> None:
+    """Let a method work `calls` times and then, once, raise what Ctrl-C raises."""
+    left = iter([*[False] * calls, True])
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(left, False):
+            raise KeyboardInterrupt
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize(
+    "interrupt", [interrupt_a_step, interrupt_a_forward, interrupt_the_collection]
+)
 def test_interrupted_call_leaves_nothing_in_the_engine(
-    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch, interrupt: Any
 ) -> None:
     snapshot = write(llm, "a", random_tokens(1, 40))
-    saved = saved_states()
-    steps = iter(range(100))
-    step = llm.llm_engine.step
-
-    def interrupted() -> Any:
-        if next(steps) == 3:
-            raise KeyboardInterrupt
-        return step()
-
     memories = [Memory(session=name) for name in ("a", "b")]
+    prompts = [SHARED, [7, 8]]
+    llm.reset_prefix_cache()
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(llm.llm_engine, "step", interrupted)
-        run(llm, [[5, 6], [7, 8]], memories, [greedy(20), greedy(1)])
+        interrupt(llm, patch)
+        run(llm, prompts, memories, [greedy(20), greedy(1)])
     assert not llm.llm_engine.has_unfinished_requests()
-    assert saved_states() == saved
+    assert get_kv_transfer_group()._saved == {}
     assert dict(llm.sessions) == {"a": snapshot}
-    (output,) = run(llm, [5, 6], memories[0], greedy(1))
-    assert len(output.outputs[0].token_ids) == 1
-    assert llm.sessions["a"].version == 2
+    outputs = run(llm, prompts, memories)
+    assert [output.num_cached_tokens for output in outputs] == [0, 0]
+    repeated = dict(llm.sessions)
+    llm.sessions.clear()
+    llm.sessions["a"] = snapshot
+    llm.reset_prefix_cache()
+    run(llm, prompts, memories)
+    for name, again in repeated.items():
+        assert_same_session(again, llm.sessions[name])
 
 
 def test_call_beside_enqueued_requests_is_refused(llm: MemoryLLM) -> None:
@@ -504,6 +570,7 @@ def test_snapshot_of_another_shape_is_refused(llm: MemoryLLM, spoil: Any, words:
         ({"session": "a"}, None, ["must be a Memory or None, not dict"]),
         (["a", "b"], None, ["must be a Memory or None, not str"]),
         (Memory(session="a"), SamplingParams(n=2), ["n=2", "read_write", "read_only"]),
+        (None, BeamSearchParams(beam_width=2, max_tokens=1), ["BeamSearchParams", "beam_search"]),
         ([None, OFF], SamplingParams(extra_args={"deltamem": "x"}), ["'deltamem'", "reserved"]),
         ([None, OFF], SamplingParams(extra_args={"deltamem": b"x"}), ["'deltamem'", "reserved"]),
     ],

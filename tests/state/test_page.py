@@ -122,8 +122,8 @@ def test_never_fits_a_header_word() -> None:
     assert torch.tensor(NEVER, dtype=torch.int32) == torch.iinfo(torch.int32).max
 
 
-@pytest.mark.parametrize(("steps", "drafts", "slots"), [(1, 0, 1), (2, 0, 2), (1, 3, 4), (2, 3, 8)])
-def test_ring_holds_every_state_the_engine_may_fall_back_to(
+@pytest.mark.parametrize(("steps", "drafts", "slots"), [(1, 0, 2), (2, 0, 3), (1, 3, 5), (2, 3, 9)])
+def test_ring_holds_one_state_more_than_the_engine_may_fall_back_to(
     steps: int, drafts: int, slots: int
 ) -> None:
     assert ring_length(steps, drafts) == slots
