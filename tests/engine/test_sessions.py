@@ -771,6 +771,10 @@ def test_turns_are_the_same_with_the_engine_in_another_process(
     prompts = [random_tokens(seed, 40 + seed) for seed in range(4)]
     memories = [Memory(session="moved"), Memory(session="moved"), Memory(session="new"), OFF]
     expected = run(llm, prompts, memories)
+    prompt, sampled, _ = ends(llm)
+    stopped = [greedy(100, stop=[word(token)], detokenize=True) for token in sampled]
+    stopping = [Memory(session=f"stopped {index}") for index in range(len(stopped))]
+    run(llm, [prompt] * len(stopped), stopping, stopped)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with running(MemoryLLM(str(checkpoint), str(CASE / "adapter"), **ENGINE)) as other:
         other.sessions["moved"] = moved
@@ -779,6 +783,8 @@ def test_turns_are_the_same_with_the_engine_in_another_process(
             torch.testing.assert_close(
                 output_logprobs(actual), output_logprobs(wanted), rtol=0, atol=NOISE
             )
-        assert set(other.sessions) == {"moved", "new"}
+        # The word of a stop string arrives while the engine runs on.
+        run(other, [prompt] * len(stopped), stopping, stopped)
+        assert set(other.sessions) == {"moved", "new", *(memory.session for memory in stopping)}
         for name, snapshot in other.sessions.items():
             assert_same_session(snapshot, llm.sessions[name])
