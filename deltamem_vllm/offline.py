@@ -27,7 +27,12 @@ from deltamem_vllm.engine.settings import (
     CONNECTOR_NAME,
     adapter_of,
 )
-from deltamem_vllm.errors import DeltaMemError, EngineConfigError, MemoryRequestError
+from deltamem_vllm.errors import (
+    DeltaMemError,
+    EngineConfigError,
+    MemoryRequestError,
+    SnapshotError,
+)
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.models.overrides import memory_overrides
 from deltamem_vllm.state.page import thresholds
@@ -64,8 +69,12 @@ class Sessions(MutableMapping[str, MemorySnapshot]):
         """Put a snapshot in place, for instance one of another `MemoryLLM`.
 
         Raises:
-            SnapshotError: the snapshot does not fit this adapter.
+            SnapshotError: it is no snapshot, or does not fit this adapter.
         """
+        if not isinstance(snapshot, MemorySnapshot):
+            raise SnapshotError(
+                f"session {session!r} can only be set to a MemorySnapshot, not to {snapshot!r}."
+            )
         self._shape.pack(snapshot.state)
         self._snapshots[session] = snapshot
 
@@ -300,6 +309,11 @@ class MemoryLLM(LLM):
         if memory is None:
             return _Turn()
         snapshot = None if memory.session is None else before.get(memory.session)
+        if memory.mode == "read_only" and snapshot is None:
+            logger.warning_once(
+                "delta-mem: session %r does not exist; read_only reads an empty memory",
+                memory.session,
+            )
         read_from, write_from = thresholds(memory.mode)
         writes = memory.mode == "read_write"
         ticket = uuid.uuid4().hex if writes else None
@@ -432,7 +446,7 @@ def _listed(prompts: Any) -> list[Any]:
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
         raise MemoryRequestError(f"{name} has {len(value)} entries for {count} prompts.")

@@ -123,6 +123,22 @@ def test_convert_overwrites_only_when_asked(tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "a").fingerprint == load_adapter(other).fingerprint
 
 
+def test_convert_writes_into_no_model(tmp_path: Path) -> None:
+    model = shutil.copytree(TSW / "model", tmp_path / "model")
+    before = {path.name for path in model.iterdir()}
+    for options in ([], ["--overwrite"]):
+        result = run("adapter", "convert", TSW / "adapter", model, *options)
+        assert_readable_failure(result, str(model), "holds a model")
+    assert {path.name for path in model.iterdir()} == before
+
+
+def test_demo_is_refused_before_it_runs_if_its_figures_could_not_be_written(
+    tmp_path: Path,
+) -> None:
+    result = run("demo", "--json", tmp_path / "absent" / "figures.json")
+    assert_readable_failure(result, "absent", "--json")
+
+
 @pytest.mark.parametrize("options", [[], ["--copy"]])
 def test_link_ends_with_the_serve_command(tmp_path: Path, options: list[str]) -> None:
     out = tmp_path / "my model"

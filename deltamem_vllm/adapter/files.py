@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import uuid
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -92,8 +93,8 @@ def save_adapter(
     a folder that a crash left behind is refused as incomplete, never read as a mix.
 
     Raises:
-        AdapterError: the folder already holds an adapter and `overwrite` is false, or `form` is
-            unknown.
+        AdapterError: the folder already holds an adapter and `overwrite` is false, or holds a
+            model; or `form` is unknown.
         OSError: the folder cannot be written.
     """
     if form not in get_args(AdapterForm):
@@ -102,7 +103,13 @@ def save_adapter(
     present = [name for name in ADAPTER_FILES if (out / name).exists()]
     if present and not overwrite:
         raise AdapterError(
-            f"{out}: already holds {', '.join(present)}; choose another folder or overwrite it"
+            f"{out}: already holds {', '.join(present)}; choose another folder, or overwrite it "
+            "(--overwrite)"
+        )
+    if (out / "config.json").exists():
+        raise AdapterError(
+            f"{out}: holds a model, whose weights vLLM would look for in the adapter's file too; "
+            "choose another folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     for name in present:
@@ -173,7 +180,10 @@ def _read_reference(path: Path) -> dict[str, Tensor]:
         content: Any = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged or hostile pickle can fail in any way; each of them means: refused.
     except Exception as error:
-        reason = str(error).strip().split("\n", 1)[0] or type(error).__name__
+        # torch's own text advises to execute such a file.
+        hostile = isinstance(error, pickle.UnpicklingError)
+        reason = "not a pickle of tensors" if hostile else f"{type(error).__name__}: {error}"
+        reason = reason.split("\n", 1)[0]
         raise AdapterError(
             f"{path}: cannot be loaded as a plain dict of tensors ({reason}); the file is damaged, "
             "or holds more than tensors and was not executed: get it again from its source"

@@ -97,7 +97,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise AdapterError(
-            f"{target}: already holds a linked checkpoint; choose another folder or overwrite it"
+            f"{target}: already holds a linked checkpoint; choose another folder, or overwrite it "
+            "(--overwrite)"
         )
 
 

@@ -15,6 +15,7 @@ from torch.library import Library
 from vllm.logger import init_logger
 
 from deltamem_vllm.adapter import Adapter, LayerWeights
+from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.config import DELTA_HEADS, DeltaHead
 from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadata
 from deltamem_vllm.engine.compat import (
@@ -223,16 +224,17 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         page_bytes = self.layout.page_bytes
         share = page_bytes / (page_bytes + kv_page_bytes)
         proposal = block_size
-        while page_bytes / (page_bytes + kv_page_bytes * proposal // block_size) > WARN_KV_SHARE:
+        aim = min(WARN_KV_SHARE, self.max_kv_share)
+        while page_bytes / (page_bytes + kv_page_bytes * proposal // block_size) > aim:
             proposal *= 2
         advice = (
             f"--block-size {proposal}, where the attention backend supports it, would bring it "
-            f"under {WARN_KV_SHARE:.0%}"
+            f"under {aim:.4g}"
         )
         if share > self.max_kv_share:
             raise EngineConfigError(
                 f"state pages would take {share:.1%} of the KV cache, more than max_kv_share="
-                f"{self.max_kv_share:.0%} of the {'deltamem'!r} key allows; {advice}."
+                f"{self.max_kv_share:.4g} of the {CONFIG_KEY!r} key allows; {advice}."
             )
         message = (
             f"delta-mem: state pages take {share:.2%} of the KV cache "

@@ -317,7 +317,7 @@ def write_rank_64_adapter(folder: Path) -> Path:
 def test_state_pages_above_the_allowed_share_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineConfigError) as refusal:
         start(CASE / "model", write_rank_64_adapter(tmp_path / "wide"))
-    assert_says(refusal.value, "66.7% of the KV cache", "max_kv_share=50%", "--block-size 1024")
+    assert_says(refusal.value, "66.7% of the KV cache", "max_kv_share=0.5", "--block-size 1024")
 
 
 @pytest.mark.parametrize(("block_size", "warned"), [(128, True), (1024, False)])

@@ -34,6 +34,7 @@ from tests.helpers import (
     with_word_tokenizer,
     word,
 )
+from tests.oracle import Oracle
 
 CASE = DATA / "qwen3_tsw"
 BLOCK = 32
@@ -224,6 +225,12 @@ def test_read_only_leaves_the_session_as_it_is_and_many_run_at_once(llm: MemoryL
     together = run(llm, questions, read)
     assert llm.sessions["a"] is snapshot
     assert all(torch.equal(snapshot.state[name], bits[name]) for name in bits)
+    oracle = Oracle(CASE / "model", CASE / "adapter")
+    for question, output in zip(questions[::4], together[::4], strict=True):
+        sampled = list(output.outputs[0].token_ids)
+        answer = oracle([*question, *sampled[:-1]], state=snapshot.state, writes=False)
+        expected = answer.logprobs[len(question) - 1 :]
+        torch.testing.assert_close(output_logprobs(output), expected, rtol=0, atol=1e-4)
     for question, output in zip(questions[::4], together[::4], strict=True):
         (alone,) = run(llm, question, read)
         torch.testing.assert_close(
@@ -569,6 +576,8 @@ def test_snapshot_of_another_shape_is_refused(llm: MemoryLLM, spoil: Any, words:
         (Memory(session="a"), [greedy()], ["sampling_params has 1 entries for 2 prompts"]),
         ({"session": "a"}, None, ["must be a Memory or None, not dict"]),
         (["a", "b"], None, ["must be a Memory or None, not str"]),
+        ("a", None, ["must be a Memory or None, not str"]),
+        (None, {"max_tokens": 1}, ["must be SamplingParams, not dict"]),
         (Memory(session="a"), SamplingParams(n=2), ["n=2", "read_write", "read_only"]),
         (None, BeamSearchParams(beam_width=2, max_tokens=1), ["BeamSearchParams", "beam_search"]),
         ([None, OFF], SamplingParams(extra_args={"deltamem": "x"}), ["'deltamem'", "reserved"]),
@@ -588,6 +597,12 @@ def test_prompt_of_embeddings_is_refused_and_changes_no_session(llm: MemoryLLM) 
     embeddings = {"prompt_embeds": torch.zeros(3, 64)}
     with pytest.raises((ValueError, VLLMValidationError), match="embed"):
         run(llm, [[5, 6], embeddings], Memory(session="a"))
+    assert len(llm.sessions) == 0
+
+
+def test_session_can_only_be_set_to_a_snapshot(llm: MemoryLLM) -> None:
+    with pytest.raises(SnapshotError, match="'a' can only be set"):
+        llm.sessions["a"] = 3
     assert len(llm.sessions) == 0
 
 
