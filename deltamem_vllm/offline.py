@@ -280,8 +280,9 @@ class MemoryLLM(LLM):
                     reason,
                 )
                 written.broken_off.add(turn.session)
+        lost = [turn.ticket for turn in writing if turn.session in written.broken_off]
+        self._take_states(lost)  # and let go of them
         kept = [turn for turn in writing if turn.session not in written.broken_off]
-        self._take_states([turn.ticket for turn in writing if turn not in kept])
         for turn, by_layer in self._final_states(kept):
             assert turn.session is not None
             written.snapshots[turn.session] = _next_version(
