@@ -279,7 +279,7 @@ def test_relative_paths_are_linked_by_absolute_path(
 def test_adapter_beside_the_base_weights_is_not_linked_as_weights(
     tmp_path: Path, base: Path
 ) -> None:
-    save_adapter(load_adapter(TSW), base)
+    shutil.copytree(save_adapter(load_adapter(TSW), tmp_path / "own"), base, dirs_exist_ok=True)
     out = link(base, tmp_path / "out", adapter=base)
     assert not (out / WEIGHTS_NAME).exists() and not (out / CONFIG_NAME).exists()
     assert (out / LINKED_ADAPTER_DIR / WEIGHTS_NAME).is_file()
