@@ -34,3 +34,48 @@ class SnapshotError(DeltaMemError, ValueError):
 
 class MemoryRequestError(DeltaMemError, ValueError):
     """A request's `memory` argument is malformed or contradicts itself."""
+
+
+class SessionError(DeltaMemError, ValueError):
+    """Root of what can go wrong with a session or its store."""
+
+
+class SessionNotFoundError(SessionError):
+    """No such session, or no such version of it: it never was, was deleted, expired or pruned."""
+
+
+class SessionExistsError(SessionError):
+    """A session of that name is there already."""
+
+
+class SessionBusyError(SessionError):
+    """Another turn holds the session's lease."""
+
+
+class ConflictError(SessionError):
+    """The session moved on, or the lease was taken over: nothing was written."""
+
+
+class TurnMismatchError(SessionError):
+    """A turn's key was used before, for another request."""
+
+
+class QuotaError(SessionError):
+    """The tenant, or the store, may hold no more."""
+
+
+class TooLargeError(SessionError):
+    """A name, a state or a reply is larger than the store takes."""
+
+
+class StoreError(SessionError):
+    """The store is configured wrongly, damaged, or of an unknown format."""
+
+
+class StoreFullError(StoreError):
+    """The store's disk or memory is full; nothing was written."""
+
+
+class StoreUnavailableError(StoreError):
+    """The store did not answer. A commit that ends so may have happened or not: look up its reply
+    or the session's version before you run the turn again."""
