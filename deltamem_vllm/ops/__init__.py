@@ -19,6 +19,7 @@ from deltamem_vllm.ops.rule import (
     READ_FROM,
     UPDATE_MODES,
     WRITE_FROM,
+    WRITE_UNTIL,
     Batch,
     DeltaRule,
     StatePages,
@@ -28,6 +29,7 @@ __all__ = [
     "READ_FROM",
     "UPDATE_MODES",
     "WRITE_FROM",
+    "WRITE_UNTIL",
     "Batch",
     "DeltaRule",
     "StatePages",
@@ -155,7 +157,7 @@ def _check(
     tokens, rows = projections.shape[0], batch.seq_lens.shape[0]
     heads, rank, _ = rule.state_shape
     state_size = heads * rank * rank
-    words = max(header.shape[-1], WRITE_FROM + 1)
+    words = max(header.shape[-1], WRITE_UNTIL + 1)
     expected = (
         ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
         ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),

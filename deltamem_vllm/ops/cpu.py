@@ -18,7 +18,15 @@ from torch import Tensor
 
 from deltamem_vllm.ops.compiler import bits_as_float, compiled, floats_at, ints_at
 from deltamem_vllm.ops.reference import NORM_EPS
-from deltamem_vllm.ops.rule import READ_FROM, UPDATE_MODES, WRITE_FROM, Batch, DeltaRule, StatePages
+from deltamem_vllm.ops.rule import (
+    READ_FROM,
+    UPDATE_MODES,
+    WRITE_FROM,
+    WRITE_UNTIL,
+    Batch,
+    DeltaRule,
+    StatePages,
+)
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
@@ -340,6 +348,7 @@ def _kernel(
             state[:] = ZERO
             words[:] = 0
         read_from, write_from = words[READ_FROM], words[WRITE_FROM]
+        write_until = words[WRITE_UNTIL]
 
         for first in range(start, stop, chunk):
             last = min(first + chunk, stop)
@@ -352,7 +361,7 @@ def _kernel(
                 _unpack(rows, 0, rank, query)
                 if normalize_qk:
                     _normalise(query)
-            if position + (last - first) > write_from:
+            if position + (last - first) > write_from or position < write_until:
                 _unpack(rows, read_dim, rank, key)
                 if normalize_qk:
                     _normalise(key)
@@ -364,7 +373,7 @@ def _kernel(
                     if position >= read_from:
                         for i in range(rank):
                             reads[first + token, head * rank + i] = read[i]
-                    if position >= write_from:
+                    if position >= write_from or position < write_until:
                         _write(
                             state[head],
                             key[token, head],

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltamem_vllm.ops.rule import READ_FROM, WRITE_FROM, Batch, DeltaRule, StatePages
+from deltamem_vllm.ops.rule import READ_FROM, WRITE_FROM, WRITE_UNTIL, Batch, DeltaRule, StatePages
 
 NORM_EPS = 1e-6
 
@@ -72,6 +72,7 @@ def delta_rule_scan(
     *,
     read_from: int = 0,
     write_from: int = 0,
+    write_until: int = 0,
 ) -> Scan:
     """Run the rule over one sequence.
 
@@ -85,13 +86,14 @@ def delta_rule_scan(
         state: [H, r, r] before the first token; not changed.
         read_from: index of the first token that reads; earlier ones read exactly 0.
         write_from: index of the first token that writes; earlier ones leave the state as it is.
+        write_until: tokens before this index write whatever `write_from` says.
     """
     steps = zip(*activate(rule, projections, gate_bias), strict=True)
     reads, states = [], []
     for index, (query, key, value, keep, erase, write) in enumerate(steps):
         read = _product(state, query) if index >= read_from else torch.zeros_like(query)
         reads.append(read.flatten())
-        if index >= write_from:
+        if index >= write_from or index < write_until:
             change = write * value - erase * _product(state, key)
             state = keep.unsqueeze(-1) * state + change.unsqueeze(-1) * key.unsqueeze(-2)
         states.append(state)
@@ -146,6 +148,7 @@ def memory_step(
             state,
             read_from=int(header[READ_FROM]) - before,
             write_from=int(header[WRITE_FROM]) - before,
+            write_until=int(header[WRITE_UNTIL]) - before,
         )
         reads[tokens] = scan.reads
         for count in range(before + 1, after + 1):

@@ -16,6 +16,10 @@ READ_FROM: Final = 0
 WRITE_FROM: Final = 1
 """Header word: the first 0-based position that writes; earlier ones leave the state untouched."""
 
+WRITE_UNTIL: Final = 2
+"""Header word: positions before it write too, whatever `WRITE_FROM` says. A turn's prompt starts
+with what its session still has to write, and re-reads known text after that."""
+
 
 @dataclass(frozen=True)
 class DeltaRule:

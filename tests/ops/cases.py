@@ -13,6 +13,7 @@ from deltamem_vllm.ops import (
     READ_FROM,
     UPDATE_MODES,
     WRITE_FROM,
+    WRITE_UNTIL,
     Batch,
     DeltaRule,
     memory_step,
@@ -48,6 +49,7 @@ def formula(
     state: Tensor,
     read_from: int = 0,
     write_from: int = 0,
+    write_until: int = 0,
 ) -> Trace:
     """The paper's recursion over one sequence, in fp64 einsums that share nothing with `ops`."""
     heads, rank, tokens = rule.num_heads, rule.rank, len(projections)
@@ -73,7 +75,7 @@ def formula(
     for t in range(tokens):
         if t >= read_from:
             reads[t] = np.einsum("hij,hj->hi", s, q[t]).reshape(-1)
-        if t >= write_from:
+        if t >= write_from or t < write_until:
             recalled = np.einsum("hij,hj->hi", s, k[t])
             kept = np.einsum("hi,hij->hij", keep[t], s)
             erased = np.einsum("hi,hi,hj->hij", erase[t], recalled, k[t])
@@ -119,6 +121,7 @@ class Request(NamedTuple):
     query: int
     read_from: int = 0
     write_from: int = 0
+    write_until: int = 0
     padded: bool = False
     """seq_lens is 0, whatever tokens there are."""
 
@@ -201,6 +204,7 @@ class Case:
                 pages.states[page, request.context % self.ring] = state
                 header = torch.randint(2**31 - 1, (HEADER_WORDS,), generator=random)
                 header[READ_FROM], header[WRITE_FROM] = request.read_from, request.write_from
+                header[WRITE_UNTIL] = request.write_until
                 pages.header[page] = header
         for row, request in enumerate(self.requests):
             if request.hits is not None:
@@ -257,7 +261,8 @@ class Case:
             if before or self.initialised:
                 page = self.page(row, before)
                 header, state = pages.header[page].clone(), states[page, before % self.ring].clone()
-            thresholds = (int(header[word]) - before for word in (READ_FROM, WRITE_FROM))
+            words = (READ_FROM, WRITE_FROM, WRITE_UNTIL)
+            thresholds = (int(header[word]) - before for word in words)
             trace = formula(self.rule, self.projections[tokens], self.gate_bias, state, *thresholds)
             reads[tokens] = trace.reads
             boundaries = {n for n in range(before + 1, after + 1) if n % self.block_size == 0}
@@ -301,6 +306,7 @@ requests = st.builds(
     query=st.one_of(st.integers(0, 4), st.integers(0, 60), st.integers(61, 250)),
     read_from=positions,
     write_from=positions,
+    write_until=st.one_of(st.just(0), st.integers(0, 200)),
     padded=st.sampled_from([False, False, False, True]),
     hits=st.none(),
 )
