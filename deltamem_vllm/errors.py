@@ -52,6 +52,10 @@ class SessionBusyError(SessionError):
     """Another turn holds the session's lease."""
 
 
+class QueueFullError(SessionError):
+    """Too many turns wait already."""
+
+
 class ConflictError(SessionError):
     """The session moved on, or the lease was taken over: nothing was written."""
 

@@ -1,11 +1,26 @@
 """`Memory`: what a request says about its memory."""
 
-from typing import Final
+from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
+
+
+class Window(BaseModel):
+    """How much of the history that was written before is shown to the model again, as text.
+
+    Give one of the two.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    messages: int | None = Field(default=None, ge=0)
+    """The last so many messages."""
+
+    tokens: int | None = Field(default=None, ge=0)
+    """As many whole messages as fit in so many tokens."""
 
 
 class Memory(BaseModel):
@@ -24,6 +39,31 @@ class Memory(BaseModel):
     """read_write leaves the request's final state in the session; read_only leaves the session as
     it is; off runs the base model without memory."""
 
+    version: int | None = Field(default=None, ge=0)
+    """read_only: read exactly this version. read_write: fail unless it is the current one; 0 is
+    that of a session that does not exist."""
+
+    window: Window | None = None
+    """The request carries its full history: write each message once, and show the model, of those
+    written before, only the ones inside the window."""
+
+    turn: str | None = Field(default=None, min_length=1, max_length=256)
+    """Names this turn: a repeat of the request under the same name gets the same reply, and writes
+    nothing."""
+
+    on_busy: Literal["wait", "conflict"] = "wait"
+    """What to do while another turn runs on the session."""
+
+    max_wait: float | None = Field(default=None, ge=0)
+    """Seconds to wait for other turns; None is the server's choice."""
+
+    on_divergence: Literal["reset", "fork"] | None = None
+    """What to do with a history that is not the one that was written: start from an empty memory,
+    or from the newest version that fits; None refuses it."""
+
+    ttl: float | None = Field(default=None, gt=0)
+    """Seconds after its last turn until the session expires; None leaves that as it is."""
+
     def __init__(self, **fields: object) -> None:
         try:
             super().__init__(**fields)
@@ -33,15 +73,32 @@ class Memory(BaseModel):
                 for item in error.errors()
             )
             raise MemoryRequestError(f"memory is not valid: {problems}") from None
-        if self.mode == "off" and self.session is not None:
-            raise MemoryRequestError(
-                'memory: mode "off" runs without memory, so it cannot name a session.'
-            )
+        if problem := self._contradiction():
+            raise MemoryRequestError(f"memory: {problem}")
+
+    @property
+    def writes(self) -> bool:
+        """Whether the request leaves a new version of its session."""
+        return self.mode == "read_write"
+
+    def _contradiction(self) -> str | None:
+        if self.mode == "off" and self.model_fields_set - {"mode"}:
+            return 'mode "off" runs without memory, so it cannot name a session or say more'
         if self.mode != "off" and self.session is None:
-            raise MemoryRequestError(
-                f"memory: mode {self.mode!r} needs a session. Leave `memory` out for an ephemeral "
-                "memory."
+            return (
+                f"mode {self.mode!r} needs a session. Leave `memory` out for an ephemeral memory."
             )
+        if self.mode == "read_only":
+            for name in ("turn", "ttl"):
+                if getattr(self, name) is not None:
+                    return f"{name} belongs to turns that write; leave it out with read_only."
+        if self.window is not None and (self.window.messages is None) == (
+            self.window.tokens is None
+        ):
+            return 'window is {"messages": n} or {"tokens": n}.'
+        if self.on_divergence is not None and self.window is None:
+            return "on_divergence says what to do with a full history, which needs a window."
+        return None
 
 
 OFF: Final = Memory(mode="off")

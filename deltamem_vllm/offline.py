@@ -286,7 +286,9 @@ class MemoryLLM(LLM):
         for turn, by_layer in self._final_states(kept):
             assert turn.session is not None
             written.snapshots[turn.session] = _next_version(
-                before.get(turn.session), self._shape.unpack(by_layer), turn.tokens
+                before.get(turn.session),
+                self._shape.unpack(self._shape.join(by_layer)),
+                turn.tokens,
             )
         return outputs
 
@@ -320,7 +322,7 @@ class MemoryLLM(LLM):
         ticket = uuid.uuid4().hex if writes else None
         state = None if snapshot is None else self._shape.pack(snapshot.state)
         return _Turn(
-            args=MemoryArgs(state, read_from, write_from, ticket),
+            args=MemoryArgs(state, read_from, write_from, ticket=ticket),
             session=memory.session if writes else None,
             pending=snapshot.pending_token_ids if snapshot is not None and writes else (),
         )

@@ -29,7 +29,7 @@ from deltamem_vllm.engine.memory_layer import MemoryLayer
 from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
 from deltamem_vllm.engine.settings import adapter_of, page_layout
 from deltamem_vllm.errors import MemoryRequestError
-from deltamem_vllm.ops import READ_FROM, WRITE_FROM
+from deltamem_vllm.ops import READ_FROM, WRITE_FROM, WRITE_UNTIL
 from deltamem_vllm.state.page import HEADER_WORDS
 
 logger = init_logger(f"vllm.{__name__}")
@@ -211,6 +211,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 states[row] = np.frombuffer(load.args.state, np.float32).reshape(shape)
             header[row, READ_FROM] = load.args.read_from
             header[row, WRITE_FROM] = load.args.write_from
+            header[row, WRITE_UNTIL] = load.args.write_until
         blocks = torch.tensor([load.block for load in loads])
         for layer in self._layers:
             assert layer.pages is not None

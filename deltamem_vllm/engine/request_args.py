@@ -29,13 +29,16 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
     write_from: int = 0
     """Tokens before this position are not written."""
 
+    write_until: int = 0
+    """But those before this one are."""
+
     ticket: str | None = None
     """Key under which the worker keeps the final state; None: nobody wants it."""
 
     @property
     def salt(self) -> str:
         """Digest of all that makes this request's KV cache differ from another's: 64 digits."""
-        digest = hashlib.sha256(f"{self.read_from},{self.write_from},".encode())
+        digest = hashlib.sha256(f"{self.read_from},{self.write_from},{self.write_until},".encode())
         digest.update(self.state or b"")
         return digest.hexdigest()
 

@@ -1,5 +1,6 @@
 """A session's memory as plain data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -61,18 +62,50 @@ class StateShape:
         states = torch.stack([state[name].detach().cpu() for name in self.layer_names])
         return states.numpy().tobytes()
 
-    def unpack(self, states: Mapping[int, bytes]) -> dict[str, Tensor]:
-        """Name the states that workers handed over by layer index.
+    def unpack(self, packed: bytes) -> dict[str, Tensor]:
+        """The inverse of `pack`.
 
         Raises:
-            SnapshotError: a layer is missing.
+            SnapshotError: `packed` is not as long as this adapter's states.
+        """
+        self.check(packed)
+        states = np.frombuffer(packed, np.float32).reshape(len(self.layer_names), *self.shape)
+        return {
+            name: torch.from_numpy(state.copy())
+            for name, state in zip(self.layer_names, states, strict=True)
+        }
+
+    def join(self, states: Mapping[int, bytes]) -> bytes:
+        """Put the states that workers handed over by layer index in the order of `pack`.
+
+        Raises:
+            SnapshotError: a layer is missing, or a state has another size.
         """
         missing = set(self.layer_indices) - set(states)
         if missing:
             raise SnapshotError(f"no worker handed over the state of layers {sorted(missing)}.")
-        return {
-            name: torch.from_numpy(
-                np.frombuffer(states[index], np.float32).reshape(self.shape).copy()
+        packed = b"".join(states[index] for index in self.layer_indices)
+        self.check(packed)
+        return packed
+
+    @property
+    def zeros(self) -> bytes:
+        """The empty memory, packed."""
+        return bytes(self.num_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all states together."""
+        return len(self.layer_indices) * math.prod(self.shape) * 4
+
+    def check(self, packed: bytes) -> None:
+        """Refuse packed states that are not as long as this adapter's.
+
+        Raises:
+            SnapshotError: names both sizes.
+        """
+        if len(packed) != self.num_bytes:
+            raise SnapshotError(
+                f"the snapshot's states have {len(packed)} bytes, but the adapter's have "
+                f"{self.num_bytes}: {len(self.layer_indices)} layers of fp32 {list(self.shape)}."
             )
-            for name, index in zip(self.layer_names, self.layer_indices, strict=True)
-        }

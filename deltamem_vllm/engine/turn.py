@@ -1,0 +1,141 @@
+"""What one turn gives to the engine, and what it makes of the final state.
+
+The same for every frontend: `MemoryLLM` and the HTTP server begin a turn with `begin`, send its
+request as `Start` says, and end it with `Start.content`. No store and no engine loop here.
+"""
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from vllm import SamplingParams
+
+from deltamem_vllm.engine.request_args import MemoryArgs, with_memory
+from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.sessions import SessionContent
+from deltamem_vllm.state.page import MemoryMode, thresholds
+from deltamem_vllm.state.snapshot import StateShape
+
+REPLAYS: Final = 3
+"""Attempts to write a turn again; one fails only if it is preempted at its end."""
+
+BROKEN_OFF: Final = ("abort", "error")
+"""Finish reasons of turns that did not end by themselves, and are not written."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """A request's memory as the engine takes it."""
+
+    before: SessionContent | None
+    """What the session held; None for an empty memory."""
+
+    args: MemoryArgs
+    pending: tuple[int, ...] = ()
+    """Go before the caller's prompt, and are written."""
+
+    reread: int = 0
+    """Tokens of the caller's prompt, from its start, that are read and not written."""
+
+    @property
+    def ticket(self) -> str:
+        """Key of the final state of a turn that writes."""
+        assert self.args.ticket is not None
+        return self.args.ticket
+
+    def prompt(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """An engine's rendered prompt with the pending tokens in front.
+
+        Raises:
+            MemoryRequestError: it does not consist of token ids alone.
+        """
+        if "prompt_token_ids" not in prompt or prompt.get("type", "token") != "token":
+            raise MemoryRequestError(
+                "a prompt that writes a session must consist of text or token ids, not of "
+                "embeddings or media."
+            )
+        return {**prompt, "prompt_token_ids": [*self.pending, *prompt["prompt_token_ids"]]}
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """A copy of the sampling parameters that carries the memory."""
+        return with_memory(params, self.args)
+
+    def replay_params(self) -> SamplingParams:
+        """For a request that feeds the kept tokens again, for their final state alone."""
+        return with_memory(SamplingParams(max_tokens=1, detokenize=False), self.args)
+
+    def hide_pending(self, output: Any) -> None:
+        """Take the pending tokens out of what a `RequestOutput` says about its prompt."""
+        count = len(self.pending)
+        if not count:
+            return
+        if output.prompt_token_ids is not None:
+            output.prompt_token_ids = output.prompt_token_ids[count:]
+        if output.prompt_logprobs:
+            # The first token of a prompt has no logprob.
+            output.prompt_logprobs = [None, *output.prompt_logprobs[count + 1 :]]
+
+    def content(
+        self,
+        state: bytes,
+        num_fed: int,
+        pending: Sequence[int],
+        message_chain: Sequence[bytes] | None = None,
+    ) -> SessionContent:
+        """The session after a turn.
+
+        Args:
+            state: after the tokens that were fed.
+            num_fed: tokens that the request fed, pending ones included.
+            pending: tokens that its next turn starts with.
+            message_chain: hashes of all messages written; None if no message was.
+        """
+        before = self.before or SessionContent(state=b"")
+        return replace(
+            before,
+            state=state,
+            tokens_written=before.tokens_written + num_fed - self.reread,
+            pending_token_ids=tuple(pending),
+            message_chain=before.message_chain if message_chain is None else tuple(message_chain),
+        )
+
+
+def begin(
+    mode: MemoryMode,
+    before: SessionContent | None,
+    shape: StateShape,
+    *,
+    reread: int = 0,
+) -> Start:
+    """Begin a turn on what a session holds.
+
+    Args:
+        mode: what the request does with its memory.
+        before: the session's content; None for an empty memory.
+        shape: the adapter's states, which the content must fit.
+        reread: tokens at the prompt's start that are not written.
+
+    Raises:
+        SnapshotError: the content is not this adapter's.
+    """
+    if before is not None:
+        shape.check(before.state)
+    read_from, write_from = thresholds(mode)
+    pending: tuple[int, ...] = ()
+    write_until = 0
+    ticket = None
+    if mode == "read_write":
+        ticket = uuid.uuid4().hex
+        pending = () if before is None else before.pending_token_ids
+        if reread:
+            write_from, write_until = len(pending) + reread, len(pending)
+    state = None if before is None else before.state
+    args = MemoryArgs(state, read_from, write_from, write_until, ticket)
+    return Start(before, args, pending, reread if mode == "read_write" else 0)
+
+
+def segments(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Cut a text of any length into consecutive pieces for one request each."""
+    for start in range(0, len(tokens), size):
+        yield tokens[start : start + size]

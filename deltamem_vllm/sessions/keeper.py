@@ -1,0 +1,83 @@
+"""Leases that are renewed for as long as somebody needs them."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from deltamem_vllm.errors import ConflictError, DeltaMemError
+from deltamem_vllm.sessions.records import Lease, SessionKey
+from deltamem_vllm.sessions.store import SessionStore
+
+logger = logging.getLogger(__name__)
+
+
+class LeaseKeeper:
+    """Takes leases and renews them from a thread of its own, away from every hot path.
+
+    A lease that could not be renewed is not reported: whoever holds it learns by its commit,
+    which the store refuses if somebody else took the session meanwhile.
+
+    Args:
+        store: where the leases are.
+        owner: says who holds them, in logs and errors.
+        seconds: how long a lease lasts without renewal, and so how long a session stays locked
+            after its holder died.
+    """
+
+    def __init__(self, store: SessionStore, owner: str, seconds: float = 30.0) -> None:
+        self._store = store
+        self._owner = owner
+        self._seconds = seconds
+        self._held: dict[SessionKey, Lease] = {}
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="deltamem-leases", daemon=True)
+        self._thread.start()
+
+    def acquire(self, key: SessionKey) -> Lease:
+        """See `SessionStore.acquire`; from now on the lease is renewed."""
+        lease = self._store.acquire(key, self._owner, seconds=self._seconds)
+        with self._lock:
+            self._held[key] = lease
+        return lease
+
+    def forget(self, lease: Lease) -> None:
+        """Stop renewing a lease that was given back with a commit."""
+        with self._lock:
+            held = self._held.get(lease.key)
+            if held is not None and held.token == lease.token:
+                del self._held[lease.key]
+
+    def release(self, lease: Lease) -> None:
+        """Give a lease back."""
+        self.forget(lease)
+        self._store.release(lease)
+
+    @contextmanager
+    def holding(self, key: SessionKey) -> Iterator[Lease]:
+        """Hold a lease; it is given back at the end, unless a commit did that."""
+        lease = self.acquire(key)
+        try:
+            yield lease
+        finally:
+            self.release(lease)
+
+    def close(self) -> None:
+        """Stop renewing; leases that are still held run out."""
+        self._closing.set()
+        self._thread.join()
+
+    def _renew(self) -> None:
+        while not self._closing.wait(self._seconds / 3):
+            with self._lock:
+                held = list(self._held.values())
+            for lease in held:
+                try:
+                    self._store.renew(lease, seconds=self._seconds)
+                except ConflictError as error:
+                    logger.warning("delta-mem: %s", error)
+                    self.forget(lease)
+                except DeltaMemError as error:
+                    # The store may be back before the lease runs out.
+                    logger.warning("delta-mem: a lease was not renewed: %s", error)
