@@ -40,6 +40,10 @@ class SessionError(DeltaMemError, ValueError):
     """Root of what can go wrong with a session or its store."""
 
 
+class BrokenOffError(SessionError):
+    """The engine gave a turn up before its end; nothing was written."""
+
+
 class SessionNotFoundError(SessionError):
     """No such session, or no such version of it: it never was, was deleted, expired or pruned."""
 

@@ -8,6 +8,10 @@ from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
 
 
+MAX_TURN_NAME: Final = 200
+"""Characters; also of the header `Idempotency-Key`."""
+
+
 class Window(BaseModel):
     """How much of the history that was written before is shown to the model again, as text.
 
@@ -47,7 +51,7 @@ class Memory(BaseModel):
     """The request carries its full history: write each message once, and show the model, of those
     written before, only the ones inside the window."""
 
-    turn: str | None = Field(default=None, min_length=1, max_length=256)
+    turn: str | None = Field(default=None, min_length=1, max_length=MAX_TURN_NAME)
     """Names this turn: a repeat of the request under the same name gets the same reply, and writes
     nothing."""
 

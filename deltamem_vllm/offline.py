@@ -393,7 +393,7 @@ class MemoryLLM(LLM):
         missing = set(tickets)
         deadline = time.monotonic() + STATE_TIMEOUT_S
         while missing:
-            for states in self.collective_rpc("take_memory_states", args=(sorted(missing),)):
+            for states in self.collective_rpc("take_memory_states", args=(sorted(missing), [])):
                 for ticket, (num_tokens, by_layer) in states.items():
                     taken.setdefault(ticket, (num_tokens, {}))[1].update(by_layer)
             missing = {

@@ -11,9 +11,6 @@ from deltamem_vllm.state.snapshot import StateShape
 STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before its turn is given up."""
 
-DROP_TIMEOUT_S: Final = 5.0
-"""The same for a state that nobody wants any more."""
-
 PAUSE_S: Final = 0.001
 MAX_PAUSE_S: Final = 0.05
 
@@ -44,16 +41,19 @@ class StateCollector:
     steps are held up at most once however many turns end.
 
     Args:
-        call: asks the workers; tickets -> what each of them has.
+        call: asks the workers; tickets wanted and tickets not wanted -> what each of them has.
         shape: the adapter's states.
     """
 
     def __init__(
-        self, call: Callable[[list[str]], Awaitable[Iterable[Taken]]], shape: StateShape
+        self,
+        call: Callable[[list[str], list[str]], Awaitable[Iterable[Taken]]],
+        shape: StateShape,
     ) -> None:
         self._call = call
         self._shape = shape
         self._wanted: dict[str, _Wanted] = {}
+        self._unwanted: list[str] = []
         self._task: asyncio.Task[None] | None = None
 
     async def take(self, ticket: str) -> FinalState:
@@ -62,28 +62,33 @@ class StateCollector:
         Raises:
             DeltaMemError: it did not come in time.
         """
-        return await self._want(ticket, STATE_TIMEOUT_S)
+        loop = asyncio.get_running_loop()
+        wanted = _Wanted(loop.create_future(), loop.time() + STATE_TIMEOUT_S)
+        self._wanted[ticket] = wanted
+        self._start()
+        try:
+            return await wanted.future
+        finally:
+            if self._wanted.pop(ticket, None) is not None:
+                self.drop(ticket)
 
     def drop(self, ticket: str) -> None:
-        """Let the workers forget the state of a turn that was given up."""
-        if ticket not in self._wanted:
-            self._want(ticket, DROP_TIMEOUT_S).add_done_callback(_ignore)
+        """Let the workers forget the state of a turn that was given up, now or when it arrives."""
+        self._unwanted.append(ticket)
+        self._start()
 
-    def _want(self, ticket: str, timeout: float) -> "asyncio.Future[FinalState]":
-        loop = asyncio.get_running_loop()
-        wanted = _Wanted(loop.create_future(), loop.time() + timeout)
-        self._wanted[ticket] = wanted
+    def _start(self) -> None:
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._collect())
-        return wanted.future
 
     async def _collect(self) -> None:
         pause = PAUSE_S
-        while self._wanted:
+        while self._wanted or self._unwanted:
+            unwanted, self._unwanted = self._unwanted, []
             try:
-                answers = list(await self._call(list(self._wanted)))
+                answers = list(await self._call(list(self._wanted), unwanted))
             except Exception as error:
-                # An engine that died; the turns say so.
+                # An engine that died, and its states with it; the turns say so.
                 failed, self._wanted = self._wanted, {}
                 for wanted in failed.values():
                     if not wanted.future.done():
@@ -92,7 +97,7 @@ class StateCollector:
             arrived = self._settle(answers)
             if arrived:
                 pause = PAUSE_S
-            else:
+            elif self._wanted:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, MAX_PAUSE_S)
 
@@ -101,15 +106,25 @@ class StateCollector:
         arrived = False
         for taken in answers:
             for ticket, (num_tokens, by_layer) in taken.items():
-                wanted = self._wanted[ticket]
+                wanted = self._wanted.get(ticket)
+                if wanted is None:
+                    continue  # given up during the call
                 wanted.num_tokens = num_tokens
                 wanted.by_layer.update(by_layer)
                 arrived = True
         now = asyncio.get_running_loop().time()
         for ticket, wanted in list(self._wanted.items()):
-            if self._is_complete(wanted) or wanted.future.done() or now > wanted.deadline:
+            if self._is_complete(wanted):
                 del self._wanted[ticket]
-                self._finish(wanted)
+                assert wanted.num_tokens is not None
+                state = self._shape.join(wanted.by_layer) if wanted.num_tokens else None
+                _answer(wanted.future, FinalState(wanted.num_tokens, state))
+            elif now > wanted.deadline and not wanted.future.done():
+                wanted.future.set_exception(
+                    DeltaMemError(
+                        "a request's final state did not arrive in time; nothing was written."
+                    )
+                )
         return arrived
 
     def _is_complete(self, wanted: _Wanted) -> bool:
@@ -117,19 +132,7 @@ class StateCollector:
             return False
         return wanted.num_tokens == 0 or len(wanted.by_layer) == len(self._shape.layer_indices)
 
-    def _finish(self, wanted: _Wanted) -> None:
-        if wanted.future.done():
-            return  # cancelled: its turn was given up
-        if not self._is_complete(wanted):
-            wanted.future.set_exception(
-                DeltaMemError("a request's final state did not arrive in time; nothing was written")
-            )
-            return
-        assert wanted.num_tokens is not None
-        state = self._shape.join(wanted.by_layer) if wanted.num_tokens else None
-        wanted.future.set_result(FinalState(wanted.num_tokens, state))
 
-
-def _ignore(future: "asyncio.Future[FinalState]") -> None:
-    if not future.cancelled():
-        future.exception()
+def _answer(future: "asyncio.Future[FinalState]", final: FinalState) -> None:
+    if not future.done():
+        future.set_result(final)

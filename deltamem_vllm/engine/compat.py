@@ -24,13 +24,25 @@ from vllm.distributed.parallel_state import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
-from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+from vllm.entrypoints.openai.chat_completion.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+)
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest, CompletionResponse
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.utils.api_utils import (
+    load_aware_call,
+    validate_json_request,
+    with_cancellation,
+)
+from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.renderers import TokenizeParams
+from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -129,6 +141,20 @@ def extend_cache_salt(request: Request, salt: str) -> None:
     request.update_block_hashes()
 
 
+async def call_all_workers(engine_client: Any, method: str, *args: Any) -> list[Any]:
+    """Call a worker method in every worker of every data parallel engine.
+
+    `EngineClient.collective_rpc` asks the first engine only.
+
+    Returns:
+        One answer per worker.
+    """
+    per_engine = await engine_client.engine_core.call_utility_all_async(
+        "collective_rpc", method, None, args, None
+    )
+    return [answer for answers in per_engine for answer in answers]
+
+
 def kv_connector_of(vllm_config: VllmConfig) -> str | None:
     """Name of the configured KV connector, None without one."""
     config = vllm_config.kv_transfer_config
@@ -142,7 +168,12 @@ __all__ = [
     "AttentionMetadata",
     "AttentionMetadataBuilder",
     "AttentionSpec",
+    "ChatCompletionRequest",
+    "ChatCompletionResponse",
     "CommonAttentionMetadata",
+    "CompletionRequest",
+    "CompletionResponse",
+    "ErrorResponse",
     "FullAttentionSpec",
     "InprocClient",
     "KVConnectorBase_V1",
@@ -154,10 +185,12 @@ __all__ = [
     "SchedulerOutput",
     "SlidingWindowSpec",
     "SupportsHMA",
+    "TokenizeParams",
     "VerifyAndUpdateConfig",
     "VllmConfig",
     "add_config_hook",
     "add_splitting_op",
+    "call_all_workers",
     "check_version",
     "direct_register_custom_op",
     "extend_cache_salt",
@@ -168,6 +201,11 @@ __all__ = [
     "get_kv_transfer_group",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
+    "is_mistral_tokenizer",
     "kv_connector_of",
     "let_kernel_scan_pass_llvmlite",
+    "load_aware_call",
+    "validate_json_request",
+    "with_cancellation",
+    "with_sse_keep_alive",
 ]

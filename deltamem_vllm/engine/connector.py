@@ -6,8 +6,9 @@ and copies them, always before the step's forward. No I/O happens here; states a
 request, and leave through `take_states`, a worker call of the frontend.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -36,6 +37,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 EPHEMERAL = MemoryArgs()
 """A request that says nothing: an empty memory that is read and written and then dropped."""
+
+
+MAX_UNWANTED: Final = 10_000
+"""Tickets to remember of states that nobody wants any more."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         # Worker side
         self._layers: list[MemoryLayer] = []
         self._saved: dict[str, SavedState] = {}
+        self._unwanted: OrderedDict[str, None] = OrderedDict()
         self._finished: set[str] = set()
         if role == KVConnectorRole.WORKER:
             context = vllm_config.compilation_config.static_forward_context
@@ -193,6 +199,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         states = {}
         if save.block is not None:
             self._finished.add(save.request_id)
+        if save.ticket in self._unwanted:
+            del self._unwanted[save.ticket]
+            return
+        if save.block is not None:
             states = {
                 layer.layer_index: layer.state_at(save.block, save.num_tokens).clone()
                 for layer in self._layers
@@ -239,13 +249,25 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def wait_for_save(self) -> None:
         return None
 
-    def take_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
+    def take_states(
+        self, tickets: list[str], unwanted: list[str]
+    ) -> dict[str, tuple[int, dict[int, bytes]]]:
         """Hand over, and forget, the final states that have arrived.
+
+        Args:
+            tickets: of states that are waited for.
+            unwanted: of requests that were given up; theirs are dropped, now or when they arrive.
 
         Returns:
             ticket -> (tokens, layer index -> fp32 [H, r, r] bytes) with this worker's layers;
             nothing from all but the first of the tensor parallel ranks.
         """
+        for ticket in unwanted:
+            if self._saved.pop(ticket, None) is None:
+                self._unwanted[ticket] = None
+        while len(self._unwanted) > MAX_UNWANTED:
+            # Of requests that never reached the engine.
+            self._unwanted.popitem(last=False)
         return {
             ticket: self._saved.pop(ticket).encoded() for ticket in tickets if ticket in self._saved
         }

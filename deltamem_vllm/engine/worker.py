@@ -7,11 +7,13 @@ from deltamem_vllm.engine.connector import DeltaMemConnector
 class MemoryWorkerExtension:
     """Methods reachable through `collective_rpc`."""
 
-    def take_memory_states(self, tickets: list[str]) -> dict[str, tuple[int, dict[int, bytes]]]:
+    def take_memory_states(
+        self, tickets: list[str], unwanted: list[str]
+    ) -> dict[str, tuple[int, dict[int, bytes]]]:
         """See `DeltaMemConnector.take_states`."""
         connector = get_kv_transfer_group()
         assert isinstance(connector, DeltaMemConnector)
-        return connector.take_states(tickets)
+        return connector.take_states(tickets, unwanted)
 
     def forget_memory_states(self) -> None:
         """See `DeltaMemConnector.forget_states`."""

@@ -1,0 +1,417 @@
+"""Generating turns: a request with a memory, from its body to its durable reply.
+
+vLLM's handlers do the generating; see `door.py` for what happens on the way into the engine. A
+writing turn's reply leaves only after its commit: a whole reply at once, a stream's last events,
+from the first that the last token is in.
+"""
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from deltamem_vllm.api import replies
+from deltamem_vllm.api.conversation import Conversations, Plan
+from deltamem_vllm.api.door import EngineTurn
+from deltamem_vllm.api.problems import problem_event, problem_response
+from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest, MemoryReport
+from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.turns import KeptReply, SessionTurns, WritingTurn
+from deltamem_vllm.engine.compat import ErrorResponse, with_sse_keep_alive
+from deltamem_vllm.engine.turn import Start, begin
+from deltamem_vllm.errors import (
+    BrokenOffError,
+    ConflictError,
+    DeltaMemError,
+    MemoryRequestError,
+)
+from deltamem_vllm.memory import MAX_TURN_NAME, Memory
+from deltamem_vllm.sessions import SessionKey, Turn
+
+GenerationRequest = MemoryChatRequest | MemoryCompletionRequest
+Run = Callable[[GenerationRequest], Awaitable[Any]]
+"""vLLM's handler: a request -> a reply's model, an error, or an iterator of a stream's events."""
+
+IDEMPOTENCY_HEADER: Final = "idempotency-key"
+RETRY_HEADER: Final = "x-stainless-retry-count"
+"""How OpenAI's clients mark a request that they send again by themselves."""
+
+WAITING: Final = ("on_busy", "max_wait")
+"""Fields of `memory` that do not change what is asked."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request that names a session."""
+
+    request: GenerationRequest
+    raw: Request
+    body: dict[str, Any]
+    memory: Memory
+    key: SessionKey
+    run: Run
+
+    @property
+    def is_stream(self) -> bool:
+        return bool(self.request.stream)
+
+    @property
+    def is_retry(self) -> bool:
+        """Whether the client sends it again by itself, and may not know that it was answered."""
+        return self.raw.headers.get(RETRY_HEADER, "0") not in ("", "0")
+
+    @property
+    def hash(self) -> bytes:
+        """Of everything that makes the answer."""
+        memory = {name: value for name, value in self.body["memory"].items() if name not in WAITING}
+        asked = json.dumps([self.raw.url.path, {**self.body, "memory": memory}], sort_keys=True)
+        return hashlib.blake2b(asked.encode(), digest_size=16).digest()
+
+    def turn_name(self) -> str | None:
+        """The client's name for the turn.
+
+        Raises:
+            MemoryRequestError: two names, or one that is too long.
+        """
+        header = self.raw.headers.get(IDEMPOTENCY_HEADER) or None
+        if header is not None and self.memory.turn not in (None, header):
+            raise MemoryRequestError(
+                "memory.turn and the header Idempotency-Key name different turns. Give one."
+            )
+        name = self.memory.turn or header
+        if name is not None and len(name) > MAX_TURN_NAME:
+            raise MemoryRequestError(
+                f"the turn's name has {len(name)} characters; at most {MAX_TURN_NAME} are taken."
+            )
+        return name
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What a writing turn needs at its end."""
+
+    asked: _Asked
+    turn: WritingTurn
+    engine_turn: EngineTurn
+    plan: Plan
+    start: Start
+    name: str
+    tokens_ingested: int
+
+
+class Generation:
+    """Answers requests that carry a memory."""
+
+    def __init__(self, service: MemoryService) -> None:
+        self._service = service
+        self._conversations = Conversations(service)
+
+    async def answer(self, request: GenerationRequest, raw: Request, run: Run) -> Response:
+        """The answer to a request with a memory.
+
+        Args:
+            request: its `memory` is not None.
+            raw: its headers and body.
+            run: vLLM's handler.
+        """
+        try:
+            _refuse(request)
+            memory = request.memory
+            assert memory is not None
+            if memory.mode == "off":
+                start = begin("off", None, self._service.shape)
+                return await self._generate_only(request, raw, run, start, None)
+            assert memory.session is not None
+            key = self._service.key(raw, request.model, memory.session)
+            asked = _Asked(request, raw, await raw.json(), memory, key, run)
+            return await (self._write(asked) if memory.writes else self._read(asked))
+        except DeltaMemError as error:
+            return problem_response(error)
+
+    # Turns that do not write
+
+    async def _read(self, asked: _Asked) -> Response:
+        record = await self._service.turns.read(asked.key, asked.memory.version)
+        plan = await self._conversations.plan_reading(
+            asked.request, asked.body, asked.memory, asked.key, record
+        )
+        content = None if record is None else record.content
+        report = MemoryReport(
+            session=asked.key.name,
+            mode="read_only",
+            version=0 if record is None else record.version,
+            tokens_written=0 if content is None else content.tokens_written,
+            prompt_tokens_saved=plan.tokens_saved,
+        )
+        start = begin("read_only", content, self._service.shape)
+        return await self._generate_only(plan.request, asked.raw, asked.run, start, report)
+
+    async def _generate_only(
+        self,
+        request: GenerationRequest,
+        raw: Request,
+        run: Run,
+        start: Start,
+        report: MemoryReport | None,
+    ) -> Response:
+        if report is None:
+            report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
+        engine_turn = EngineTurn(start)
+        with self._service.door.carrying(engine_turn):
+            reply = await run(request)
+        if isinstance(reply, ErrorResponse):
+            return _error_response(reply)
+        if hasattr(reply, "model_dump"):
+            return _json(replies.with_report(reply.model_dump(), report))
+        return _stream(raw, _with_report(reply, engine_turn, report))
+
+    # Turns that write
+
+    async def _write(self, asked: _Asked) -> Response:
+        turns = self._service.turns
+        turn = await turns.open(asked.key, asked.memory, asked.turn_name())
+        try:
+            response = await self._write_open(asked, turn)
+        except BaseException:
+            await turns.close(turn)
+            raise
+        if not isinstance(response, _TurnStream):
+            await turns.close(turn)
+        return response
+
+    async def _write_open(self, asked: _Asked, turn: WritingTurn) -> Response:
+        service = self._service
+        name = asked.turn_name()
+        if repeat := await self._find_repeat(asked, turn, name):
+            return self._repeat(asked, repeat)
+        version = turn.lease.version
+        if asked.memory.version not in (None, version):
+            raise ConflictError(
+                f"session {asked.key.name!r} is at version {version}, not "
+                f"{asked.memory.version}: another turn came first. Nothing was written."
+            )
+        plan = await self._conversations.plan_writing(
+            asked.request, asked.body, asked.memory, asked.key, turn.versions
+        )
+        lora = service.lora(asked.request.model)
+        content = None if plan.base is None else plan.base.content
+        if plan.ingest:
+            async for _, content in service.ingester.write(
+                content, plan.ingest, lora_request=lora
+            ):
+                pass
+        start = begin("read_write", content, service.shape, reread=plan.reread)
+        engine_turn = EngineTurn(start)
+        with service.door.carrying(engine_turn):
+            reply = await asked.run(plan.request)
+        if isinstance(reply, ErrorResponse):
+            return _error_response(reply)
+        kept_as = f"key:{name}" if name else _automatic_name(plan.base_version, asked.hash)
+        ending = _Ending(asked, turn, engine_turn, plan, start, kept_as, len(plan.ingest))
+        if hasattr(reply, "model_dump"):
+            body = reply.model_dump()
+
+            def make(report: MemoryReport) -> tuple[list[str], int]:
+                return [replies.with_report(body, report)], 0
+
+            chunks = await self._commit(ending, body["choices"][0].get("message"), make)
+            return _json(chunks[0])
+        return _TurnStream(
+            turns=service.turns, turn=turn, events=_kept_alive(asked.raw, self._hold_back(ending, reply))
+        )
+
+    async def _hold_back(self, ending: _Ending, events: AsyncIterator[str]) -> AsyncIterator[str]:
+        """A stream whose last events wait for the commit."""
+        sent: list[str] = []
+        held: list[str] = []
+        async for event in events:
+            if ending.engine_turn.finished:
+                held.append(event)
+            else:
+                sent.append(event)
+                yield event
+        if held and not any(map(replies.is_error, held)):
+            at = replies.report_at(held)
+
+            def make(report: MemoryReport) -> tuple[list[str], int]:
+                held[at] = replies.event_with_report(held[at], report)
+                return [*sent, *held], len(sent) + at
+
+            message = replies.assistant_message([*sent, *held])
+            try:
+                await self._commit(ending, message, make)
+            except DeltaMemError as error:
+                held = [problem_event(error), replies.DONE]
+        for event in held:
+            yield event
+
+    async def _commit(
+        self,
+        ending: _Ending,
+        message: dict[str, Any] | None,
+        make: Callable[[MemoryReport], tuple[list[str], int]],
+    ) -> list[str]:
+        """Make the turn's version, with its reply.
+
+        Args:
+            ending: the turn.
+            message: the assistant's, as the client gets it; None for a completion.
+            make: report -> the reply's chunks, and which of them carries the report.
+
+        Returns:
+            The reply's chunks.
+        """
+        asked, engine_turn, plan = ending.asked, ending.engine_turn, ending.plan
+        if engine_turn.broken_off or engine_turn.state is None:
+            raise BrokenOffError("the engine broke the turn off. Nothing was written.")
+        content = ending.start.content(
+            engine_turn.state,
+            engine_turn.num_fed,
+            await self._conversations.pending(asked.request, engine_turn.output_ids),
+            self._conversations.chain_after(plan, asked.key, message),
+        )
+        report = MemoryReport(
+            session=asked.key.name,
+            mode="read_write",
+            version=ending.turn.lease.version + 1,
+            parent_version=plan.base_version,
+            tokens_written=content.tokens_written,
+            tokens_pending=len(content.pending_token_ids),
+            tokens_ingested=ending.tokens_ingested,
+            prompt_tokens_saved=plan.tokens_saved,
+        )
+        chunks, memory_at = make(report)
+        reply = replies.keep(
+            chunks,
+            is_stream=asked.is_stream,
+            memory_at=memory_at,
+            max_bytes=self._service.settings.max_reply_bytes,
+        )
+        await self._service.turns.commit(
+            ending.turn,
+            content,
+            parent_version=plan.base_version,
+            ttl=asked.memory.ttl,
+            reply=Turn(ending.name, asked.hash, reply),
+        )
+        return chunks
+
+    async def _find_repeat(
+        self, asked: _Asked, turn: WritingTurn, name: str | None
+    ) -> KeptReply | None:
+        """The answer that this turn was given before.
+
+        A turn without a name is known by the version that it grew out of and by what it asks. A
+        client that sends its history again asks the same thing only if it got no answer; others do
+        so on purpose, unless their library says that it tries again.
+        """
+        if name is not None:
+            kept_as = f"key:{name}"
+        elif turn.current is not None and (asked.memory.window is not None or asked.is_retry):
+            kept_as = _automatic_name(turn.current.parent_version, asked.hash)
+        else:
+            return None
+        return await self._service.turns.find_reply(turn, kept_as, asked.hash)
+
+    def _repeat(self, asked: _Asked, reply: KeptReply) -> Response:
+        chunks = replies.replayed(reply)
+        if not reply.is_stream:
+            return _json(chunks[0])
+
+        async def events() -> AsyncIterator[str]:
+            for chunk in chunks:
+                yield chunk
+
+        return _stream(asked.raw, events())
+
+
+class _TurnStream(StreamingResponse):
+    """A stream that gives its session back however it ends, even if it never began."""
+
+    def __init__(self, turns: SessionTurns, turn: WritingTurn, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._turns = turns
+        self._turn = turn
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._turns.close(self._turn)
+
+
+async def _with_report(
+    events: AsyncIterator[str], engine_turn: EngineTurn, report: MemoryReport
+) -> AsyncIterator[str]:
+    """A stream that says at its end which memory was read."""
+    held: list[str] = []
+    async for event in events:
+        if engine_turn.finished:
+            held.append(event)
+        else:
+            yield event
+    if held and not any(map(replies.is_error, held)):
+        at = replies.report_at(held)
+        held[at] = replies.event_with_report(held[at], report)
+    for event in held:
+        yield event
+
+
+def _refuse(request: GenerationRequest) -> None:
+    """Refuse what a memory cannot be combined with.
+
+    Raises:
+        MemoryRequestError: names the field.
+    """
+    memory = request.memory
+    assert memory is not None
+    if getattr(request, "kv_transfer_params", None):
+        raise MemoryRequestError("kv_transfer_params cannot be combined with memory. Leave it out.")
+    if memory.writes:
+        if (request.n or 1) > 1:
+            raise MemoryRequestError(
+                f"n={request.n} with read_write memory: a session has one future. Use n=1 or "
+                "read_only."
+            )
+        if request.use_beam_search:
+            raise MemoryRequestError(
+                "beam search with read_write memory: a session has one future. Use read_only."
+            )
+    if memory.window is None:
+        return
+    if not isinstance(request, MemoryChatRequest):
+        raise MemoryRequestError("memory.window folds messages; a completion has none.")
+    if not request.add_generation_prompt or request.continue_final_message:
+        raise MemoryRequestError(
+            "memory.window needs a request for a new answer: leave add_generation_prompt and "
+            "continue_final_message at their defaults."
+        )
+    if request.truncate_prompt_tokens is not None:
+        raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
+
+
+def _automatic_name(base_version: int, request_hash: bytes) -> str:
+    return f"auto:{base_version}:{request_hash.hex()}"
+
+
+def _json(body: str) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def _error_response(reply: Any) -> JSONResponse:
+    return JSONResponse(reply.model_dump(), status_code=reply.error.code)
+
+
+def _kept_alive(raw: Request, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    interval = getattr(raw.app.state.args, "sse_keep_alive_interval", 0)
+    kept: AsyncIterator[str] = with_sse_keep_alive(events, float(interval))
+    return kept
+
+
+def _stream(raw: Request, events: AsyncIterator[str]) -> StreamingResponse:
+    return StreamingResponse(_kept_alive(raw, events), media_type="text/event-stream")

@@ -1,0 +1,71 @@
+"""Writing text of any length into a memory, without generating."""
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any, Final
+
+from deltamem_vllm.api.door import EngineDoor
+from deltamem_vllm.engine.turn import begin, segments
+from deltamem_vllm.sessions import SessionContent
+from deltamem_vllm.state.snapshot import StateShape
+
+SEGMENT_TOKENS: Final = "segment_tokens"
+"""Key of a session's metadata."""
+
+
+class Ingester:
+    """Feeds tokens to the engine in consecutive segments, each a request of its own.
+
+    The KV cache is dropped between segments, so only the memory carries from one to the next, and
+    a text of any length takes the room of one segment.
+
+    Args:
+        door: into the engine.
+        shape: the adapter's states.
+        default_segment: tokens per request, for sessions that did not choose.
+        max_segment: tokens that the engine takes in one request.
+    """
+
+    def __init__(
+        self, door: EngineDoor, shape: StateShape, default_segment: int, max_segment: int
+    ) -> None:
+        self._door = door
+        self._shape = shape
+        self._default_segment = default_segment
+        self._max_segment = max_segment
+
+    def segment_tokens(self, content: SessionContent | None) -> int:
+        """Tokens per segment of a session; fixed by its first ingest."""
+        chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
+        return int(chosen or self._default_segment)
+
+    async def write(
+        self,
+        content: SessionContent | None,
+        tokens: list[int],
+        *,
+        segment_tokens: int | None = None,
+        **engine_kwargs: Any,
+    ) -> AsyncIterator[tuple[int, SessionContent]]:
+        """Write `tokens` after what a session holds.
+
+        Args:
+            content: the session; None for an empty memory.
+            tokens: to be written, all of them.
+            segment_tokens: None for the session's own.
+            engine_kwargs: further arguments of the engine client's `generate`.
+
+        Yields:
+            After each segment the tokens written so far, and the session then.
+        """
+        size = segment_tokens or self.segment_tokens(content)
+        written = 0
+        pending = 0 if content is None else len(content.pending_token_ids)
+        for segment in segments(tokens, max(1, min(size, self._max_segment - pending))):
+            start = begin("read_write", content, self._shape)
+            state = await self._door.feed(start, list(segment), **engine_kwargs)
+            fed = len(start.pending) + len(segment)
+            content = start.content(state, fed, pending=())
+            content = replace(content, metadata={**content.metadata, SEGMENT_TOKENS: size})
+            written += len(segment)
+            yield written, content

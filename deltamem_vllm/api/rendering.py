@@ -1,0 +1,62 @@
+"""Messages as tokens, by vLLM's own renderer, exactly as its chat handler renders them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deltamem_vllm.engine.compat import TokenizeParams, is_mistral_tokenizer
+
+
+class ChatRenderer:
+    """Renders with the server's chat template, or the request's own where the server trusts it.
+
+    Args:
+        online_renderer: vLLM's `OnlineRenderer` of this API server.
+    """
+
+    def __init__(self, online_renderer: Any) -> None:
+        self._online = online_renderer
+
+    async def tokens(
+        self, request: Any, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool
+    ) -> list[int]:
+        """The tokens of `messages`, with the tools and template arguments of `request`.
+
+        Args:
+            request: vLLM's chat request.
+            messages: as clients send them; any number of tokens.
+            add_generation_prompt: whether the template begins the assistant's answer.
+        """
+        if not messages:
+            return []
+        online = self._online
+        has_no_tools = request.tools is None or (
+            request.tool_choice == "none" and online.exclude_tools_when_tool_choice_none
+        )
+        defaults = {
+            **online.default_chat_template_kwargs,
+            "tools": None if has_no_tools else [tool.model_dump() for tool in request.tools],
+            "tokenize": is_mistral_tokenizer(online.renderer.tokenizer)
+            or online.model_config.enable_prompt_embeds,
+        }
+        asked = request.model_copy(
+            update={
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": False,
+            }
+        )
+        chat_params = asked.build_chat_params(
+            online.chat_template, online.chat_template_content_format
+        ).with_defaults(defaults)
+        tok_params = TokenizeParams(
+            max_total_tokens=None, add_special_tokens=request.add_special_tokens
+        )
+        _, (prompt,) = await online.renderer.render_chat_async(
+            [[dict(message) for message in messages]], chat_params, tok_params
+        )
+        return list(prompt["prompt_token_ids"])
+
+    async def text_tokens(self, text: str) -> list[int]:
+        """The tokens of plain text, of any length, without special ones."""
+        tok_params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
+        (prompt,) = await self._online.renderer.render_cmpl_async([{"prompt": text}], tok_params)
+        return list(prompt["prompt_token_ids"])

@@ -1,0 +1,115 @@
+"""Puts a server's session service together when the API server starts."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from vllm.logger import init_logger
+
+from deltamem_vllm.api.door import EngineDoor
+from deltamem_vllm.api.fingerprints import Fingerprints
+from deltamem_vllm.api.ingest import Ingester
+from deltamem_vllm.api.queue import TurnQueue
+from deltamem_vllm.api.rendering import ChatRenderer
+from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.api.states import StateCollector
+from deltamem_vllm.api.tenants import TenantResolver
+from deltamem_vllm.api.turns import SessionTurns
+from deltamem_vllm.engine.compat import call_all_workers, kv_connector_of
+from deltamem_vllm.engine.settings import CONNECTOR_NAME, MemoryConfigHook, state_shape
+from deltamem_vllm.errors import EngineConfigError, StoreError
+from deltamem_vllm.sessions import open_store
+
+logger = init_logger(f"vllm.{__name__}")
+
+NO_STORE = "none"
+
+
+async def start_service(engine_client: Any, state: State) -> MemoryService | None:
+    """The service of this API server process.
+
+    Returns:
+        None if the server has no session store: every request then has an ephemeral memory.
+
+    Raises:
+        DeltaMemError: store, adapter or settings cannot be served; the message says why.
+    """
+    settings = ServerSettings()
+    if settings.store == NO_STORE or not MemoryConfigHook.serving:
+        return None
+    vllm_config = state.vllm_config
+    if kv_connector_of(vllm_config) != CONNECTOR_NAME:
+        raise EngineConfigError(
+            f"sessions in {settings.store} need the KV connector {CONNECTOR_NAME}, but vLLM was "
+            f"started with {kv_connector_of(vllm_config)}. Start with `deltamem serve`, or set "
+            f"DELTAMEM_STORE={NO_STORE} to serve ephemeral memory only."
+        )
+    fingerprints = await asyncio.to_thread(
+        Fingerprints, vllm_config, state.online_renderer.chat_template, settings
+    )
+    store = await asyncio.to_thread(open_store, settings.store, settings.store_options())
+    facts = await asyncio.to_thread(store.check_health)
+    logger.info("delta-mem: sessions in %s", "; ".join(facts))
+    shape = state_shape(vllm_config)
+    max_model_len = vllm_config.model_config.max_model_len
+    collector = StateCollector(
+        partial(call_all_workers, engine_client, "take_memory_states"), shape
+    )
+    door = EngineDoor(engine_client, collector, max_model_len)
+    return MemoryService(
+        settings=settings,
+        turns=SessionTurns(
+            store,
+            owner=f"{socket.gethostname()}:{os.getpid()}",
+            lease_seconds=settings.lease_seconds,
+            max_wait=settings.max_wait_seconds,
+            queue=TurnQueue(settings.max_queue, settings.max_queue_total),
+        ),
+        door=door,
+        # One token stays for the request's own answer.
+        ingester=Ingester(door, shape, settings.segment_tokens, max_model_len - 1),
+        renderer=ChatRenderer(state.online_renderer),
+        tenants=TenantResolver(settings),
+        shape=shape,
+        fingerprint_of=fingerprints.of,
+        lora_requests=state.openai_serving_models.lora_requests,
+    )
+
+
+def keep_house(app: FastAPI) -> None:
+    """From the app's start to its end sweep the store; then close it."""
+    stock = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        service: MemoryService | None = getattr(app.state, "deltamem", None)
+        async with stock(app) as state:
+            if service is None:
+                yield state
+                return
+            sweeping = asyncio.create_task(_sweep(service))
+            try:
+                yield state
+            finally:
+                sweeping.cancel()
+                with suppress(asyncio.CancelledError):
+                    await sweeping
+                await service.turns.shut_down()
+
+    app.router.lifespan_context = lifespan
+
+
+async def _sweep(service: MemoryService) -> None:
+    while True:
+        await asyncio.sleep(service.settings.sweep_seconds)
+        try:
+            await service.turns.call(service.turns.store.sweep)
+        except StoreError as error:
+            logger.warning("delta-mem: expired sessions were not removed: %s", error)

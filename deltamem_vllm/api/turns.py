@@ -1,0 +1,261 @@
+"""A turn's way through the store: lease, snapshot, kept reply, commit.
+
+Stores block, so every call runs on a pool of threads; the event loop never waits for a disk.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, ParamSpec, TypeVar
+
+import msgspec
+
+from deltamem_vllm.api.queue import TurnQueue, busy
+from deltamem_vllm.errors import (
+    ConflictError,
+    SessionBusyError,
+    SessionNotFoundError,
+    StoreError,
+    TurnMismatchError,
+)
+from deltamem_vllm.memory import Memory
+from deltamem_vllm.sessions import (
+    Lease,
+    SessionContent,
+    SessionKey,
+    SessionRecord,
+    SessionStore,
+    Turn,
+)
+from deltamem_vllm.sessions.keeper import LeaseKeeper
+
+logger = logging.getLogger(__name__)
+
+STORE_THREADS: Final = 64
+"""Store calls of one process at a time; SQLite commits what arrives together in one go."""
+
+FIRST_PAUSE_S: Final = 0.01
+MAX_PAUSE_S: Final = 0.25
+"""Between attempts to get a lease that another process holds."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class KeptReply(msgspec.Struct, frozen=True):
+    """An answer as it was given, for whoever asks the same again."""
+
+    chunks: tuple[str, ...]
+    """The body, or the events of a stream; empty if it was too large to keep."""
+
+    is_stream: bool
+    memory_at: int
+    """The chunk that carries the field `memory`."""
+
+
+@dataclass
+class WritingTurn:
+    """A turn that has its session to itself."""
+
+    lease: Lease
+    versions: tuple[SessionRecord, ...]
+    """The session's kept versions, newest first."""
+
+    is_open: bool = True
+
+    @property
+    def current(self) -> SessionRecord | None:
+        """The session's current version; None if it does not exist."""
+        return self.versions[0] if self.versions else None
+
+
+class SessionTurns:
+    """Runs turns against a store.
+
+    Args:
+        store: shared with other processes.
+        owner: says in the store who holds a lease.
+        lease_seconds: how long a session stays locked after this process died.
+        max_wait: seconds that a turn waits for its session unless it says otherwise.
+        queue: orders the turns of this process.
+    """
+
+    def __init__(
+        self,
+        store: SessionStore,
+        owner: str,
+        lease_seconds: float,
+        max_wait: float,
+        queue: TurnQueue,
+    ) -> None:
+        self.store = store
+        self._keeper = LeaseKeeper(store, owner, lease_seconds)
+        self._max_wait = max_wait
+        self._queue = queue
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="deltamem-store")
+
+    async def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking store call on a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
+
+    async def read(self, key: SessionKey, version: int | None) -> SessionRecord | None:
+        """What a turn that only reads finds: the current version, or exactly `version`.
+
+        Returns:
+            None for an absent session, of which version 0 may be asked for.
+
+        Raises:
+            SessionNotFoundError: no such version.
+        """
+        try:
+            return await self.call(self.store.get, key, version or None)
+        except SessionNotFoundError:
+            if version:
+                raise
+            return None
+
+    async def open(self, key: SessionKey, memory: Memory, turn_name: str | None) -> WritingTurn:
+        """Wait for the session and take its lease. `close` the turn whatever happens.
+
+        Args:
+            key: the session; need not exist.
+            memory: how long to wait, and for whom.
+            turn_name: the client's name for the turn.
+
+        Raises:
+            SessionBusyError: other turns run, and did so for as long as was to be waited.
+            QueueFullError: too many wait.
+            QuotaError: the tenant may have no further session.
+        """
+        loop = asyncio.get_running_loop()
+        max_wait = self._max_wait if memory.max_wait is None else memory.max_wait
+        deadline = loop.time() + max_wait
+        wait = memory.on_busy == "wait"
+        await self._queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
+        try:
+            lease = await self._acquire(key, deadline if wait else None)
+        except BaseException:
+            self._queue.leave(key)
+            raise
+        turn = WritingTurn(lease, ())
+        try:
+            if lease.version:
+                turn.versions = await self.call(self.store.versions, key)
+        except BaseException:
+            await self.close(turn)
+            raise
+        return turn
+
+    async def find_reply(
+        self, turn: WritingTurn, name: str, request_hash: bytes
+    ) -> KeptReply | None:
+        """The kept answer of an earlier run of this turn, under the name it was kept.
+
+        Raises:
+            TurnMismatchError: a turn of that name asked for something else.
+            ConflictError: its answer was too large to keep.
+        """
+        kept = await self.call(self.store.find_reply, turn.lease.key, name)
+        if kept is None:
+            return None
+        if kept.request_hash != request_hash:
+            raise TurnMismatchError(
+                "this turn's key was used before, for another request. Give every new turn a key "
+                "of its own; a repeat must be the same request to the letter."
+            )
+        reply = msgspec.msgpack.decode(kept.reply, type=KeptReply)
+        if not reply.chunks:
+            raise ConflictError(
+                f"this turn was run before and made version {kept.version}; its answer was too "
+                "large to keep, so it cannot be given again."
+            )
+        return reply
+
+    async def commit(
+        self,
+        turn: WritingTurn,
+        content: SessionContent,
+        *,
+        parent_version: int | None = None,
+        ttl: float | None = None,
+        reply: Turn | None = None,
+        job_id: str | None = None,
+    ) -> SessionRecord:
+        """Make the turn's new version; once begun, it is carried through.
+
+        Raises:
+            ConflictError, QuotaError, TooLargeError, StoreError: nothing was written, but see
+                `StoreUnavailableError`.
+        """
+        record = await _carried_through(
+            self.call(
+                self.store.commit,
+                turn.lease,
+                content,
+                parent_version=parent_version,
+                ttl=ttl,
+                turn=reply,
+                job_id=job_id,
+                release=True,
+            )
+        )
+        self._keeper.forget(turn.lease)
+        if turn.is_open:
+            turn.is_open = False
+            self._queue.leave(turn.lease.key)
+        return record
+
+    async def close(self, turn: WritingTurn) -> None:
+        """Give the session back; does nothing after a commit."""
+        if not turn.is_open:
+            return
+        turn.is_open = False
+        try:
+            await _carried_through(self.call(self._keeper.release, turn.lease))
+        except StoreError as error:
+            logger.warning("delta-mem: a lease was not given back and runs out: %s", error)
+        finally:
+            self._queue.leave(turn.lease.key)
+
+    async def shut_down(self) -> None:
+        """Wait for running store calls and close the store."""
+        await self.call(self._keeper.close)
+        await self.call(self.store.close)
+        self._threads.shutdown()
+
+    async def _acquire(self, key: SessionKey, deadline: float | None) -> Lease:
+        """Take the lease, again and again until `deadline`; None: once."""
+        loop = asyncio.get_running_loop()
+        pause = FIRST_PAUSE_S
+        while True:
+            acquiring = asyncio.ensure_future(self.call(self._keeper.acquire, key))
+            try:
+                return await asyncio.shield(acquiring)
+            except asyncio.CancelledError:
+                acquiring.add_done_callback(self._give_back)
+                raise
+            except SessionBusyError:
+                if deadline is None or loop.time() >= deadline:
+                    raise busy(key) from None
+            # Not in step with other waiters.
+            await asyncio.sleep(min(pause * random.uniform(0.5, 1), deadline - loop.time()))
+            pause = min(2 * pause, MAX_PAUSE_S)
+
+    def _give_back(self, acquiring: "asyncio.Future[Lease]") -> None:
+        if not acquiring.cancelled() and acquiring.exception() is None:
+            self._threads.submit(self._keeper.release, acquiring.result())
+
+
+async def _carried_through(step: Coroutine[Any, Any, T]) -> T:
+    """Await a step that a cancellation must not leave half known: cancelled once it is done."""
+    task = asyncio.ensure_future(step)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not task.done():
+            await asyncio.wait([task])
+        raise
