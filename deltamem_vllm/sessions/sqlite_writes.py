@@ -315,7 +315,7 @@ def bury_tenant(tx: Transaction, tenant: str) -> int:
 def clear_buried(tx: Transaction) -> int:
     """Remove sessions of deleted tenants, then what else there is of them."""
     places = tx.execute(
-        "SELECT tenant, name, fingerprint, s.id FROM tenants t JOIN sessions s ON s.tenant = t.id"
+        "SELECT s.tenant, s.name, s.fingerprint, s.id FROM tenants t JOIN sessions s ON s.tenant = t.id"
         " WHERE t.name IS NULL LIMIT ?",
         (PURGE_BATCH,),
     ).fetchall()
