@@ -49,6 +49,7 @@ from deltamem_vllm.sessions.sqlite_file import (
     path_of_url,
 )
 from deltamem_vllm.sessions.sqlite_rows import Draft
+from deltamem_vllm.sessions.sqlite_shred import Shreddable
 from deltamem_vllm.sessions.sqlite_writer import GroupWriter, Transaction
 from deltamem_vllm.sessions.store import SessionStore, StoreOptions
 
@@ -215,8 +216,8 @@ class SqliteStore(SessionStore):
     def save_job(self, lease: Lease, job: IngestJob) -> None:
         check_name("a job", job.job_id)
         check_content(job.content)
-        encoded = encode_job(job)
-        self._write(lambda tx: writes.save_job(tx, self.options, lease, job.job_id, encoded))
+        masked = Shreddable.of(encode_job(job))
+        self._write(lambda tx: writes.save_job(tx, self.options, lease, job.job_id, masked))
 
     def find_job(self, key: SessionKey, job_id: str) -> IngestJob | None:
         check_key(key)

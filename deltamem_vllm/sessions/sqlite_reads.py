@@ -20,13 +20,14 @@ from deltamem_vllm.sessions.records import (
 )
 from deltamem_vllm.sessions.sqlite_rows import absent_session, absent_version
 from deltamem_vllm.sessions.sqlite_schema import version_id
+from deltamem_vllm.sessions.sqlite_shred import revealed
 
 _LAST_CHARACTER: Final = "\U0010ffff"
 """Sorts after every name, since it is not printable."""
 
 _RECORD: Final = """
 SELECT (SELECT now FROM clock), l.expires_at, s.incarnation, s.version, s.expires_at,
-    s.forked_name, s.forked_version, v.version, v.parent_version, v.created_at, v.content
+    s.forked_name, s.forked_version, v.version, v.parent_version, v.created_at, v.content, v.key
 FROM tenants t
 JOIN fingerprints f ON f.digest = ?2
 JOIN sessions s ON s.tenant = t.id AND s.name = ?3 AND s.fingerprint = f.id
@@ -56,7 +57,7 @@ ORDER BY s.name, s.fingerprint LIMIT :limit
 
 _REPLY: Final = """
 SELECT (SELECT now FROM clock), l.expires_at, s.expires_at, r.expires_at, r.request_hash, r.reply,
-    r.version
+    r.key, r.version
 FROM tenants t
 JOIN fingerprints f ON f.digest = ?2
 JOIN sessions s ON s.tenant = t.id AND s.name = ?3 AND s.fingerprint = f.id
@@ -66,7 +67,7 @@ WHERE t.name = ?1
 """
 
 _JOB: Final = """
-SELECT (SELECT now FROM clock), j.expires_at, j.content
+SELECT (SELECT now FROM clock), j.expires_at, j.content, j.key
 FROM tenants t
 JOIN fingerprints f ON f.digest = ?2
 JOIN jobs j ON j.tenant = t.id AND j.name = ?3 AND j.fingerprint = f.id AND j.job = ?4
@@ -161,7 +162,7 @@ def find_reply(
         or _expired(clock, row[0], row[3], None)
     ):
         return None
-    return Reply(request_hash=row[4], reply=row[5], version=row[6])
+    return Reply(request_hash=row[4], reply=revealed(row[5], row[6]), version=row[7])
 
 
 def find_job(
@@ -171,7 +172,7 @@ def find_job(
     row = connection.execute(_JOB, (key.tenant, key.fingerprint, key.name, job_id)).fetchone()
     if row is None or _expired(clock, row[0], row[1], None):
         return None
-    return decode_job(row[2])
+    return decode_job(revealed(row[2], row[3]))
 
 
 def stats(connection: sqlite3.Connection, clock: StoreClock) -> StoreStats:
@@ -230,14 +231,13 @@ def _check_versions(connection: sqlite3.Connection) -> None:
         "SELECT id, name, version, bytes FROM sessions"
     ):
         numbers, total = [], 0
-        for identity, version, state_bytes, content in connection.execute(
-            "SELECT id, version, state_bytes, content FROM versions"
+        for identity, version, state_bytes, content, key in connection.execute(
+            "SELECT id, version, state_bytes, content, key FROM versions"
             " WHERE id BETWEEN ? << 10 AND (? << 10 | 1023) ORDER BY version",
             (session, session),
         ):
-            if len(decode_content(content).state) != state_bytes or identity != version_id(
-                session, version
-            ):
+            state = decode_content(revealed(content, key)).state
+            if len(state) != state_bytes or identity != version_id(session, version):
                 raise StoreError(f"the store is damaged: version {version} of session {name!r}.")
             numbers.append(version)
             total += state_bytes
@@ -253,7 +253,7 @@ def _record(key: SessionKey, row: tuple[Any, ...]) -> SessionRecord:
         key=key,
         version=row[7],
         incarnation=row[2],
-        content=decode_content(row[10]),
+        content=decode_content(revealed(row[10], row[11])),
         parent_version=row[8],
         forked_from=_forked_from(row[5], row[6]),
         created_at=row[9],

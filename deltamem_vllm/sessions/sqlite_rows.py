@@ -6,6 +6,7 @@ from deltamem_vllm.errors import QuotaError, SessionNotFoundError
 from deltamem_vllm.sessions.codec import decode_content, encode_content
 from deltamem_vllm.sessions.records import SessionContent, SessionKey, SessionRecord
 from deltamem_vllm.sessions.sqlite_schema import version_id, version_ids
+from deltamem_vllm.sessions.sqlite_shred import Shreddable, revealed
 from deltamem_vllm.sessions.sqlite_writer import Transaction
 from deltamem_vllm.sessions.store import StoreOptions
 
@@ -78,12 +79,12 @@ class Draft(NamedTuple):
     """A version to be written, ready for the table."""
 
     content: SessionContent
-    encoded: bytes
+    masked: Shreddable
 
     @classmethod
     def of(cls, content: SessionContent) -> "Draft":
         """Encode outside the writer's thread."""
-        return cls(content, encode_content(content))
+        return cls(content, Shreddable.of(encode_content(content)))
 
 
 def find(tx: Transaction, key: SessionKey) -> Found:
@@ -152,9 +153,9 @@ def add_version(
     for row in pruned:
         tx.execute("DELETE FROM versions WHERE id = ?", row[:1])
     tx.execute(
-        "INSERT INTO versions (id, version, parent_version, created_at, state_bytes, content)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (version_id(session, version), version, parent_version, tx.now, size, draft.encoded),
+        "INSERT INTO versions (id, version, parent_version, created_at, state_bytes, content, key)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (version_id(session, version), version, parent_version, tx.now, size, *draft.masked),
     )
     expires_at = None if ttl is None else tx.now + ttl
     kept_bytes = sum(row[2] for row in before) + growth
@@ -188,11 +189,12 @@ def read_draft(
     if not 1 <= number <= found.version:
         raise absent_version(key, number)
     row = tx.execute(
-        "SELECT version, content FROM versions WHERE id = ?", (version_id(found.session, number),)
+        "SELECT version, content, key FROM versions WHERE id = ?",
+        (version_id(found.session, number),),
     ).fetchone()
     if row is None or row[0] != number:
         raise absent_version(key, number)
-    return number, Draft(decode_content(row[1]), row[1])
+    return number, Draft.of(decode_content(revealed(row[1], row[2])))
 
 
 def absent_session(key: SessionKey) -> SessionNotFoundError:

@@ -66,7 +66,8 @@ CREATE TABLE versions (
     parent_version INTEGER NOT NULL,
     created_at REAL NOT NULL,
     state_bytes INTEGER NOT NULL,
-    content BLOB NOT NULL
+    content BLOB NOT NULL,
+    key BLOB
 );
 CREATE TABLE leases (
     tenant INTEGER NOT NULL REFERENCES tenants (id),
@@ -86,6 +87,7 @@ CREATE TABLE replies (
     expires_at REAL NOT NULL,
     request_hash BLOB NOT NULL,
     reply BLOB NOT NULL,
+    key BLOB,
     UNIQUE (session, turn)
 );
 CREATE INDEX replies_by_expiry ON replies (expires_at);
@@ -97,6 +99,7 @@ CREATE TABLE jobs (
     job TEXT NOT NULL,
     expires_at REAL NOT NULL,
     content BLOB NOT NULL,
+    key BLOB,
     UNIQUE (tenant, name, fingerprint, job)
 );
 CREATE TABLE tombstones (
@@ -105,9 +108,13 @@ CREATE TABLE tombstones (
 ) WITHOUT ROWID;
 """
 """`clock` holds the last time, fencing token and session id given out. A tenant without a name was
-deleted and is being cleared away. `replies.session` is `sessions.id`."""
+deleted and is being cleared away. `replies.session` is `sessions.id`. Each `key` unmasks the blob
+before it, see `sqlite_shred`."""
 
 _FROM_1_TO_2: Final = """
+ALTER TABLE versions ADD COLUMN key BLOB;
+ALTER TABLE replies ADD COLUMN key BLOB;
+ALTER TABLE jobs ADD COLUMN key BLOB;
 ALTER TABLE tenants ADD COLUMN versions INTEGER NOT NULL DEFAULT 0;
 UPDATE tenants SET versions = (
     SELECT count(*) FROM sessions JOIN versions
@@ -119,7 +126,7 @@ CREATE TABLE tombstones (
     deleted_at REAL NOT NULL
 ) WITHOUT ROWID;
 """
-"""Version 1 neither counted versions nor remembered what was deleted."""
+"""Version 1 kept contents unmasked, counted no versions and did not remember what was deleted."""
 
 
 def version_id(session_id: int, version: int) -> int:

@@ -21,6 +21,7 @@ from deltamem_vllm.sessions.sqlite_rows import (
     purge,
     read_draft,
 )
+from deltamem_vllm.sessions.sqlite_shred import Shreddable
 from deltamem_vllm.sessions.sqlite_writer import Transaction
 from deltamem_vllm.sessions.store import StoreOptions
 
@@ -126,14 +127,14 @@ def commit(
     if turn is not None:
         tx.execute(
             "INSERT OR REPLACE INTO replies (session, turn, version, expires_at, request_hash,"
-            " reply) VALUES (?, ?, ?, ?, ?, ?)",
+            " reply, key) VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 session,
                 turn.name,
                 record.version,
                 tx.now + options.reply_seconds,
                 turn.request_hash,
-                turn.reply,
+                *Shreddable.of(turn.reply),
             ),
         )
     if job_id is not None:
@@ -147,15 +148,15 @@ def commit(
 
 
 def save_job(
-    tx: Transaction, options: StoreOptions, lease: Lease, job_id: str, encoded: bytes
+    tx: Transaction, options: StoreOptions, lease: Lease, job_id: str, masked: Shreddable
 ) -> None:
     """See `SessionStore.save_job`."""
     found = find(tx, lease.key)
     check_lease(tx, found, lease)
     tx.execute(
-        "INSERT OR REPLACE INTO jobs (tenant, name, fingerprint, job, expires_at, content)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (*place_of(tx, lease.key, found), job_id, tx.now + options.job_seconds, encoded),
+        "INSERT OR REPLACE INTO jobs (tenant, name, fingerprint, job, expires_at, content, key)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (*place_of(tx, lease.key, found), job_id, tx.now + options.job_seconds, *masked),
     )
 
 
@@ -315,8 +316,8 @@ def bury_tenant(tx: Transaction, tenant: str) -> int:
 def clear_buried(tx: Transaction) -> int:
     """Remove sessions of deleted tenants, then what else there is of them."""
     places = tx.execute(
-        "SELECT s.tenant, s.name, s.fingerprint, s.id FROM tenants t JOIN sessions s ON s.tenant = t.id"
-        " WHERE t.name IS NULL LIMIT ?",
+        "SELECT s.tenant, s.name, s.fingerprint, s.id FROM tenants t"
+        " JOIN sessions s ON s.tenant = t.id WHERE t.name IS NULL LIMIT ?",
         (PURGE_BATCH,),
     ).fetchall()
     if not places:
