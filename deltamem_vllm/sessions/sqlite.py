@@ -7,6 +7,7 @@ Restoring a backup: stop all processes that use the store, remove its file and t
 that end in `-wal` and `-shm`, and put the backup in its place. A backup is a store by itself.
 """
 
+import logging
 import os
 import sqlite3
 import time
@@ -52,6 +53,8 @@ from deltamem_vllm.sessions.sqlite_rows import Draft
 from deltamem_vllm.sessions.sqlite_shred import Shreddable
 from deltamem_vllm.sessions.sqlite_writer import GroupWriter, Transaction
 from deltamem_vllm.sessions.store import SessionStore, StoreOptions
+
+logger = logging.getLogger(__name__)
 
 MAX_IDLE_READERS: Final = 16
 """Connections kept open between reads."""
@@ -282,6 +285,11 @@ class SqliteStore(SessionStore):
         # In a forked child, all of this belongs to the parent.
         if self._closed or os.getpid() != self._pid:
             return
+        # What was read as expired stays so, also if the machine's clock is set back meanwhile.
+        try:
+            self._writer.do(Transaction.keep_clock)
+        except StoreError as error:
+            logger.warning("delta-mem: the time was not written down: %s", error)
         self._closed = True
         self._writer.close()
         self._close_readers(keep=0)

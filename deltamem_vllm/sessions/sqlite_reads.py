@@ -67,10 +67,12 @@ WHERE t.name = ?1
 """
 
 _JOB: Final = """
-SELECT (SELECT now FROM clock), j.expires_at, j.content, j.key
+SELECT (SELECT now FROM clock), l.expires_at, s.expires_at, j.expires_at, j.content, j.key
 FROM tenants t
 JOIN fingerprints f ON f.digest = ?2
 JOIN jobs j ON j.tenant = t.id AND j.name = ?3 AND j.fingerprint = f.id AND j.job = ?4
+LEFT JOIN sessions s ON s.tenant = t.id AND s.name = ?3 AND s.fingerprint = f.id
+LEFT JOIN leases l ON l.tenant = t.id AND l.name = ?3 AND l.fingerprint = f.id
 WHERE t.name = ?1
 """
 
@@ -170,9 +172,13 @@ def find_job(
 ) -> IngestJob | None:
     """See `SessionStore.find_job`."""
     row = connection.execute(_JOB, (key.tenant, key.fingerprint, key.name, job_id)).fetchone()
-    if row is None or _expired(clock, row[0], row[1], None):
+    if (
+        row is None
+        or _expired(clock, row[0], row[2], row[1])
+        or _expired(clock, row[0], row[3], None)
+    ):
         return None
-    return decode_job(revealed(row[2], row[3]))
+    return decode_job(revealed(row[4], row[5]))
 
 
 def stats(connection: sqlite3.Connection, clock: StoreClock) -> StoreStats:

@@ -116,7 +116,9 @@ class GroupWriter:
     """Runs operations in its own thread, many per commit.
 
     Args:
-        file: what to write to; the writer makes its own connection, and a new one after an error.
+        file: what to write to, by one connection that stays open, also after an error: when an
+            fsync failed, SQLite then writes the same frames of the WAL anew, whereas a new
+            connection would find them there and take them for durable.
         clock: gives the time of each group.
     """
 
@@ -168,11 +170,10 @@ class GroupWriter:
                 self._run_group(group)
             # Whoever waits must be woken, whatever happened.
             except BaseException as error:
-                self._drop_connection()
                 self._fail(group, error)
         if self._scrub_due:
             self._scrub(wait_ms=1000)
-        self._drop_connection()
+        self._close_connection()
 
     def _next_group(self) -> list[Operation[Any]]:
         """Wait for work; empty at the end."""
@@ -262,11 +263,10 @@ class GroupWriter:
                 operation.fail(error)
                 operation.finish()
 
-    def _drop_connection(self) -> None:
+    def _close_connection(self) -> None:
         if self._connection is not None:
-            connection, self._connection = self._connection, None
             try:
-                self._file.close(connection)
+                self._file.close(self._connection)
             except sqlite3.Error as error:
                 logger.warning("delta-mem: closing %s: %s", self._file.path, error)
 
