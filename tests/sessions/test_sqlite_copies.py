@@ -261,7 +261,7 @@ def test_without_its_mask_what_was_deleted_would_be_found(
             deleted, _ = churn(store, seed)
             return bool(found_in(on_disk(store), deleted))
 
-    assert any(map(leaves_something, SEEDS + (4, 5, 6, 7)))
+    assert any(map(leaves_something, (*SEEDS, 4, 5, 6, 7)))
 
 
 def test_deletion_takes_replies_and_jobs_along(tmp_path: Path) -> None:
