@@ -233,9 +233,8 @@ class SqliteStore(SessionStore):
         replies = self._repeat(writes.clear_replies)
         jobs = self._repeat(writes.clear_jobs)
         sessions = self._repeat(writes.clear_expired)
-        most = self.options.max_sessions
-        if most is not None:
-            sessions += self._repeat(lambda tx: writes.clear_unused(tx, most))
+        if self.options.max_sessions is not None:
+            sessions += self._evict(self.options.max_sessions)
         self._repeat(writes.clear_buried)
         self._repeat(writes.clear_remains)
         return Swept(sessions=sessions, replies=replies, jobs=jobs)
@@ -244,19 +243,11 @@ class SqliteStore(SessionStore):
         return self._read(lambda connection: reads.stats(connection, self._clock))
 
     def check_health(self) -> list[str]:
-        kind, warning = self._file.mount()
-        if "network" in warning:
-            raise StoreError(warning)
+        with self._file.translating():
+            facts = self._file.check_place()
         self._write(Transaction.keep_clock)
         self._read(lambda connection: check_pragmas(connection, self.path))
-        facts = [
-            f"{self.path}: {self._size():,} bytes on {kind}, SQLite {sqlite3.sqlite_version}",
-            "WAL, synchronous=FULL and secure_delete hold; a write reached the disk",
-        ]
-        if warning:
-            facts.append(warning)
-        if self.path.stat().st_mode & 0o077:
-            facts.append(f"{self.path} can be read by other users: chmod 600 it.")
+        facts.append("WAL, synchronous=FULL and secure_delete hold; a write reached the disk")
         if self._writer.scrub_due:
             facts.append("deleted bytes still lie in the WAL, until a long read ends")
         return facts
@@ -305,6 +296,21 @@ class SqliteStore(SessionStore):
             total += done
         return total
 
+    def _evict(self, most: int) -> int:
+        """Remove the longest unused sessions above `most`. They are looked for without blocking
+        writers, and each is removed only if it is unused still."""
+        removed = 0
+        while unused := self._read(lambda connection: reads.unused(connection, self._clock, most)):
+            batches = [
+                unused[first : first + writes.PURGE_BATCH]
+                for first in range(0, len(unused), writes.PURGE_BATCH)
+            ]
+            done = sum(self._write(partial(writes.clear_unused, unused=batch)) for batch in batches)
+            removed += done
+            if done == 0:
+                break
+        return removed
+
     def _read(self, ask: Callable[[sqlite3.Connection], T]) -> T:
         self._check_open()
         with self._file.translating(), self._reader() as connection:
@@ -344,13 +350,6 @@ class SqliteStore(SessionStore):
             )
         if self._closed:
             raise StoreError(f"the session store {self.path} is closed; open it again.")
-
-    def _size(self) -> int:
-        return sum(
-            file.stat().st_size
-            for suffix in ("", "-wal")
-            if (file := self.path.with_name(self.path.name + suffix)).exists()
-        )
 
 
 def _check_ttl(ttl: float | None) -> None:

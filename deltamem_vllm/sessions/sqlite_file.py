@@ -141,17 +141,29 @@ class DatabaseFile:
             return StoreError(f"the session store {self.path} cannot do what was asked: {error}.")
         return self._unavailable(error)
 
-    def mount(self) -> tuple[str, str]:
-        """Kind of the file system that the file lies on, and a warning about it or ''."""
+    def check_place(self) -> list[str]:
+        """Facts about where the file lies.
+
+        Raises:
+            StoreError: it cannot keep there what it promises.
+        """
         kind = _filesystem(self.path)
         if kind in _NETWORK_FILESYSTEMS:
-            return kind, (
+            raise StoreError(
                 f"{self.path} lies on a network file system ({kind}), whose locks SQLite cannot "
                 "trust. Use a local disk, or redis:// for several machines."
             )
+        size = sum(
+            file.stat().st_size
+            for suffix in ("", "-wal")
+            if (file := self.path.with_name(self.path.name + suffix)).exists()
+        )
+        facts = [f"{self.path}: {size:,} bytes on {kind}, SQLite {sqlite3.sqlite_version}"]
         if kind in _VOLATILE_FILESYSTEMS:
-            return kind, f"{self.path} lies in memory ({kind}): a restart of the machine loses it."
-        return kind, ""
+            facts.append(f"{self.path} lies in memory ({kind}): a restart of the machine loses it.")
+        if self.path.stat().st_mode & 0o077:
+            facts.append(f"{self.path} can be read by other users: chmod 600 it.")
+        return facts
 
     def _full(self) -> StoreFullError:
         return StoreFullError(

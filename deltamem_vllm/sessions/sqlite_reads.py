@@ -18,9 +18,12 @@ from deltamem_vllm.sessions.records import (
     SessionRecord,
     StoreStats,
 )
-from deltamem_vllm.sessions.sqlite_rows import absent_session, absent_version
+from deltamem_vllm.sessions.sqlite_rows import Unused, absent_session, absent_version
 from deltamem_vllm.sessions.sqlite_schema import version_id
 from deltamem_vllm.sessions.sqlite_shred import revealed
+
+MAX_UNUSED: Final = 10_000
+"""Sessions looked for at once, to remove them."""
 
 _LAST_CHARACTER: Final = "\U0010ffff"
 """Sorts after every name, since it is not printable."""
@@ -190,6 +193,19 @@ def stats(connection: sqlite3.Connection, clock: StoreClock) -> StoreStats:
         (clock.now(_kept_time(connection)),),
     ).fetchone()
     return StoreStats(*map(int, row))
+
+
+def unused(connection: sqlite3.Connection, clock: StoreClock, most: int) -> list[Unused]:
+    """Of the sessions above `most`, those without a turn that no commit touched for longest, up to
+    `MAX_UNUSED`."""
+    (sessions,) = connection.execute("SELECT total(sessions) FROM tenants").fetchone()
+    rows = connection.execute(
+        "SELECT s.tenant, s.name, s.fingerprint, s.id, s.updated_at FROM sessions s"
+        " LEFT JOIN leases l USING (tenant, name, fingerprint)"
+        " WHERE coalesce(l.expires_at, 0) <= ? ORDER BY s.updated_at LIMIT ?",
+        (clock.now(_kept_time(connection)), max(0, min(int(sessions) - most, MAX_UNUSED))),
+    )
+    return [Unused(*row) for row in rows]
 
 
 def check_integrity(connection: sqlite3.Connection) -> None:

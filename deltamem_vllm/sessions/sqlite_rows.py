@@ -43,6 +43,16 @@ class Place(NamedTuple):
     fingerprint: int
 
 
+class Unused(NamedTuple):
+    """A session that may go when there are too many."""
+
+    tenant: int
+    name: str
+    fingerprint: int
+    session: int
+    updated_at: float
+
+
 class Found(NamedTuple):
     """What there is of a key; None where there is nothing."""
 

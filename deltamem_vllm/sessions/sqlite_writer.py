@@ -165,7 +165,10 @@ class GroupWriter:
     # In the thread
 
     def _work(self) -> None:
-        while group := self._next_group():
+        while (group := self._next_group()) is not None:
+            if not group:
+                self._scrub(wait_ms=20)
+                continue
             try:
                 self._run_group(group)
             # Whoever waits must be woken, whatever happened.
@@ -175,12 +178,14 @@ class GroupWriter:
             self._scrub(wait_ms=1000)
         self._close_connection()
 
-    def _next_group(self) -> list[Operation[Any]]:
-        """Wait for work; empty at the end."""
+    def _next_group(self) -> list[Operation[Any]] | None:
+        """Wait for work; empty when it is time to scrub, None at the end."""
         with self._wake:
-            while not self._queue and not self._closing:
+            while not self._queue:
+                if self._closing:
+                    return None
                 if not self._wake.wait(SCRUB_RETRY_SECONDS if self._scrub_due else None):
-                    self._scrub(wait_ms=20)
+                    return []
             return [self._queue.popleft() for _ in range(min(len(self._queue), MAX_GROUP))]
 
     def _run_group(self, group: list[Operation[Any]]) -> None:
@@ -255,7 +260,7 @@ class GroupWriter:
                 self._connection.execute(f"PRAGMA busy_timeout = {usual}")
             self._scrub_due = bool(busy)
         except (sqlite3.Error, StoreError) as error:
-            logger.warning("delta-mem: deleted bytes still lie in the WAL: %s", error)
+            logger.debug("delta-mem: deleted bytes still lie in the WAL: %s", error)
 
     def _fail(self, group: Sequence[Operation[Any]], error: BaseException) -> None:
         for operation in group:

@@ -12,6 +12,7 @@ from deltamem_vllm.sessions.sqlite_rows import (
     Draft,
     Found,
     Place,
+    Unused,
     add_session,
     add_version,
     check_session_quota,
@@ -342,20 +343,20 @@ def clear_expired(tx: Transaction) -> int:
     )
 
 
-def clear_unused(tx: Transaction, most: int) -> int:
-    """Remove the sessions above `most` that no commit touched for longest and no turn runs on."""
-    (sessions,) = tx.execute("SELECT sum(sessions) FROM tenants").fetchone()
-    above = (sessions or 0) - most
-    if above <= 0:
-        return 0
+def clear_unused(tx: Transaction, unused: list[Unused]) -> int:
+    """Remove what `sqlite_reads.unused` found, but for what was used since."""
     return _purge_all(
         tx,
-        tx.execute(
-            "SELECT s.tenant, s.name, s.fingerprint, s.id FROM sessions s"
-            " LEFT JOIN leases l USING (tenant, name, fingerprint)"
-            " WHERE coalesce(l.expires_at, 0) <= ? ORDER BY s.updated_at LIMIT ?",
-            (tx.now, min(above, PURGE_BATCH)),
-        ).fetchall(),
+        [
+            (found.tenant, found.name, found.fingerprint, found.session)
+            for found in unused
+            if tx.execute(
+                "SELECT 1 FROM sessions s LEFT JOIN leases l USING (tenant, name, fingerprint)"
+                " WHERE s.tenant = ? AND s.name = ? AND s.fingerprint = ? AND s.id = ?"
+                " AND s.updated_at = ? AND coalesce(l.expires_at, 0) <= ?",
+                (*found, tx.now),
+            ).fetchone()
+        ],
     )
 
 
