@@ -284,5 +284,6 @@ def open_store(url: str, options: StoreOptions | None = None) -> SessionStore:
 
         return RedisStore(url, options)
     raise StoreError(
-        f"a session store is sqlite:///path/to/file.db or redis://host:port/0, not {url!r}."
+        "a session store is sqlite:///path/to/file.db or redis://host:port/0, not "
+        f"{scheme + '://...' if '://' in url else 'what was given'}."
     )
