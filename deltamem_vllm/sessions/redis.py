@@ -83,7 +83,6 @@ class RedisStore(SessionStore):
     # Reading
 
     def get(self, key: SessionKey, version: int | None = None) -> SessionRecord:
-        limits.check_key(key)
         answer = self._server.call(
             "get", _named(key) | {"version": version, "touch_after": _micros(_TOUCH_SECONDS)}
         )
@@ -96,7 +95,6 @@ class RedisStore(SessionStore):
         return record
 
     def versions(self, key: SessionKey) -> tuple[SessionRecord, ...]:
-        limits.check_key(key)
         _, *rows = self._server.call("versions", _named(key))
         return tuple(_record(key, row[1:8], codec.decode_content(row[8])) for row in rows)
 
@@ -131,7 +129,7 @@ class RedisStore(SessionStore):
     # Turns
 
     def acquire(self, key: SessionKey, owner: str, *, seconds: float) -> Lease:
-        limits.check_key(key)
+        limits.check_name("a lease's owner", owner)
         given = {
             "owner": owner,
             "duration": _micros(seconds),
@@ -180,7 +178,6 @@ class RedisStore(SessionStore):
         return _record(lease.key, answer[1:], content)
 
     def find_reply(self, key: SessionKey, turn_name: str) -> Reply | None:
-        limits.check_key(key)
         limits.check_name("a turn", turn_name)
         answer = self._server.call("find_reply", _named(key) | {"turn": turn_name})
         return Reply(*answer[1:]) if answer[0] == b"ok" else None
@@ -195,7 +192,6 @@ class RedisStore(SessionStore):
         ttl: float | None = None,
         forked_from: tuple[str, int] | None = None,
     ) -> SessionRecord:
-        limits.check_key(key)
         limits.check_content(content)
         if forked_from is not None:
             limits.check_name("a session", forked_from[0])
@@ -212,18 +208,15 @@ class RedisStore(SessionStore):
     def fork(self, source: SessionKey, name: str, version: int | None = None) -> SessionRecord:
         limits.check_key(source)
         key = source._replace(name=name)
-        limits.check_key(key)
         given = {"source": source.name, "version": version, "incarnation": uuid.uuid4().hex}
         answer = self._write("fork", key, given, missing=(source, version))
         return _record(key, answer[1:8], codec.decode_content(answer[8]))
 
     def rollback(self, key: SessionKey, version: int) -> SessionRecord:
-        limits.check_key(key)
         answer = self._write("rollback", key, {"version": version}, missing=(key, version))
         return _record(key, answer[1:8], codec.decode_content(answer[8]))
 
     def delete(self, key: SessionKey) -> bool:
-        limits.check_key(key)
         return bool(self._server.call("delete", _named(key))[1])
 
     def delete_tenant(self, tenant: str) -> int:
@@ -247,7 +240,6 @@ class RedisStore(SessionStore):
         self._write("save_job", lease.key, given, codec.encode_job(job))
 
     def find_job(self, key: SessionKey, job_id: str) -> IngestJob | None:
-        limits.check_key(key)
         limits.check_name("a job", job_id)
         answer = self._server.call("find_job", _named(key) | {"job": job_id})
         return codec.decode_job(answer[1]) if answer[0] == b"ok" else None
@@ -320,6 +312,7 @@ class RedisStore(SessionStore):
 
 
 def _named(key: SessionKey) -> dict[str, Any]:
+    limits.check_key(key)
     return {"tenant": key.tenant, "fingerprint": key.fingerprint, "name": key.name}
 
 

@@ -38,28 +38,31 @@ _MAX_CONNECTIONS: Final = 64
 _CALL_MEMORY: Final = 60.0
 """Seconds for which a write's result is remembered, at least; longer than all repetitions take."""
 
-_UNAVAILABLE: Final = re.compile(
-    r"MISCONF|READONLY|MASTERDOWN|NOREPLICAS|BUSY|UNKILLABLE|CLUSTERDOWN|TRYAGAIN|LOADING"
-)
+_PASSING: Final = ("MISCONF", "NOREPLICAS", "BUSY", "UNKILLABLE")
 """First words of answers that pass: the server is there and takes no writes now."""
+
+_NOT_PRIMARY: Final = (redis.ReadOnlyError, redis.exceptions.MasterDownError)
 
 Answer = list[Any]
 
 
 @dataclass(frozen=True)
-class _Script:
+class Script:
+    """One atomic step, as the server runs it."""
+
     source: str
     sha: str
     writes: bool
 
 
 @cache
-def _script(name: str) -> _Script:
+def load_script(name: str) -> Script:
+    """`lua/<name>.lua`, with what all scripts share behind its first line."""
     folder = resources.files("deltamem_vllm.sessions") / "lua"
     shebang, _, body = (folder / f"{name}.lua").read_text("utf-8").partition("\n")
     source = "\n".join((shebang, (folder / "common.lua").read_text("utf-8"), body))
     sha = hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest()
-    return _Script(source, sha, writes="no-writes" not in shebang)
+    return Script(source, sha, writes="no-writes" not in shebang)
 
 
 class RedisServer:
@@ -104,7 +107,7 @@ class RedisServer:
             StoreUnavailableError: it does not answer, or takes no writes now.
             StoreError: it refused the script, or could lose acknowledged writes by now.
         """
-        script = _script(name)
+        script = load_script(name)
         named = {key: value for key, value in given.items() if value is not None}
         if script.writes:
             named |= {"call": uuid.uuid4().hex, "call_ms": self._call_ms}
@@ -188,7 +191,7 @@ class RedisServer:
         finally:
             self._pool.release(connection)
 
-    def _repeat(self, script: _Script, arguments: tuple[bytes, ...]) -> Answer:
+    def _repeat(self, script: Script, arguments: tuple[bytes, ...]) -> Answer:
         lost = False
         for pause in (*_PAUSES, None):
             try:
@@ -207,7 +210,7 @@ class RedisServer:
                 self._refuse(error)
         raise AssertionError("the last repetition returns or raises")
 
-    def _evaluate(self, script: _Script, arguments: tuple[bytes, ...]) -> Answer:
+    def _evaluate(self, script: Script, arguments: tuple[bytes, ...]) -> Answer:
         with self._connection() as connection:
             ask = _asking(connection)
             prefix = self.location.prefix
@@ -241,7 +244,7 @@ class RedisServer:
             raise StoreUnavailableError(
                 f"the session store at {self.where} does not answer: {text}"
             ) from error
-        if _UNAVAILABLE.match(text) or isinstance(error, redis.ReadOnlyError):
+        if text.startswith(_PASSING) or isinstance(error, _NOT_PRIMARY):
             raise StoreUnavailableError(
                 f"the session store at {self.where} takes no writes now: {text}"
             ) from error

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, field
 from typing import Final
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from deltamem_vllm.errors import StoreError
 
@@ -72,7 +72,7 @@ def parse_redis_url(url: str) -> RedisLocation:
             f"{location.shown}: unknown option {unknown[0]!r}; the store takes prefix, timeout, "
             f"waitaof, trust_durability, and for redis-py {', '.join(sorted(_CLIENT_OPTIONS))}."
         )
-    client_url = urlunsplit(parts._replace(query=urlencode(options), fragment=""))
+    client_url = f"{scheme}://{parts.netloc}{parts.path}?{urlencode(options)}"
     return RedisLocation(**{**vars(location), "client_url": client_url})
 
 
