@@ -10,6 +10,7 @@ from deltamem_vllm.sessions import SessionStore, StoreOptions, open_store
 from tests.sessions.servers import RedisProcess
 
 OpenStore = Callable[..., SessionStore]
+StartServer = Callable[..., RedisProcess]
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +49,32 @@ def open_with(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[OpenSt
 def store(open_with: OpenStore) -> SessionStore:
     """A store with default options."""
     return open_with()
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[StartServer]:
+    """Starts servers of the test's own, with settings."""
+    started: list[RedisProcess] = []
+
+    def start_it(**settings: str) -> RedisProcess:
+        folder = tmp_path / f"redis{len(started)}"
+        folder.mkdir()
+        started.append(RedisProcess(folder, **settings))
+        return started[-1]
+
+    yield start_it
+    for server in started:
+        server.stop()
+
+
+@pytest.fixture
+def prefix() -> str:
+    """Of the keys of a store that no other test has."""
+    return uuid.uuid4().hex
+
+
+@pytest.fixture
+def redis_store(redis_server: RedisProcess, prefix: str) -> Iterator[SessionStore]:
+    """A store on the shared server."""
+    with open_store(redis_server.url(prefix=prefix)) as store:
+        yield store

@@ -64,7 +64,7 @@ class RedisProcess:
         return f"redis://127.0.0.1:{self.port}/0?{query}"
 
     def client(self) -> redis.Redis:
-        return redis.Redis(port=self.port, socket_timeout=10, retry=None)
+        return redis.Redis(port=self.port, socket_timeout=10)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         self.process.send_signal(number)
@@ -76,9 +76,13 @@ class RedisProcess:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that is free now, and that leaves a cluster node its second one."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port < 55_000:
+            return port
 
 
 class LossyProxy:
@@ -130,7 +134,8 @@ class LossyProxy:
                     if not data:
                         return
                     if end is client:
-                        losing = self._pattern is not None and self._pattern in data
+                        # A large call comes in pieces; the first one names the script.
+                        losing |= self._pattern is not None and self._pattern in data
                         server.sendall(data)
                     # NOSCRIPT means that the call has not been run yet.
                     elif losing and not data.startswith(b"-NOSCRIPT"):
@@ -140,4 +145,5 @@ class LossyProxy:
                             self._meanwhile()
                         return
                     else:
+                        losing = False
                         client.sendall(data)
