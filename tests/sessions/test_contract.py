@@ -76,7 +76,7 @@ def test_only_the_last_versions_are_kept(open_with: OpenStore, kept: int) -> Non
     assert store.versions(KEY) == tuple(reversed(records[-kept:]))
     assert store.get(KEY, 7 - kept) == records[6 - kept]
     for version in (6 - kept, 0, -1, 7):
-        with pytest.raises(SessionNotFoundError, match=f"{version}.*ada"):
+        with pytest.raises(SessionNotFoundError, match="ada"):
             store.get(KEY, version)
     (info,) = store.list_sessions("tenant").sessions
     assert info.bytes == store.stats().state_bytes == kept * 64

@@ -10,7 +10,8 @@ if not alive(session) then
   if refusal then return refusal end
   session = vacant(id)
 end
-local token = redis.call('HINCRBY', TOTALS, 'token', 1)
+-- The time is a fencing token that grows even where a fail-over lost the last leases.
+local token = now
 session.lease = {token = token, owner = given.owner, ends = now + given.duration}
 redis.call('ZADD', BY_USE, 'XX', now, id)
 save(id, session)

@@ -10,7 +10,7 @@
 --   names:<tenant>NUL<fingerprint>      one fingerprint. Lists sessions, leased names and jobs.
 --   tenant:<tenant>       hash: sessions, bytes
 --   by_use, by_expiry, by_lease, by_reply, by_job    sorted sets of ids (NUL turn or job) by time
---   totals                hash: sessions, versions, bytes, and token, the last fencing token
+--   totals                hash: sessions, versions, bytes
 --   done:<call>           the result of a write, for a client that lost the answer
 --   clock                 the latest time that was given out
 --

@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- {'ok', whether there was one}
 --
--- No tombstone is needed: fencing tokens are counted by the store, so they grow on, and a lease
+-- No tombstone is needed: fencing tokens come from the store's clock, so they grow on, and a lease
 -- whose session is gone holds no longer.
 local done = remembered()
 if done then return done end
