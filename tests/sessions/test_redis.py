@@ -1,6 +1,7 @@
 """What only the networked store promises: lost answers, servers that come and go, damage."""
 
 import random
+import shutil
 import signal
 import threading
 import time
@@ -162,6 +163,27 @@ def test_no_acknowledged_turn_is_lost_by_a_killed_server(start: StartServer) -> 
         store.check_integrity()
     assert sum(map(len, acknowledged.values())) >= 80
     store.close()
+
+
+def test_a_copied_log_is_a_backup(start: StartServer) -> None:
+    server, spare = start(), start()
+    spare.kill()
+    with open_store(server.url()) as store:
+        for text in ("one", "two"):
+            turn(store, text=text)
+        client = server.client()
+        client.config_set("auto-aof-rewrite-percentage", "0")
+        while client.info("persistence")["aof_rewrite_in_progress"]:
+            time.sleep(0.01)
+        shutil.rmtree(spare.folder / "appendonlydir")
+        shutil.copytree(server.folder / "appendonlydir", spare.folder / "appendonlydir")
+        turn(store, text="after the backup")
+        whole = store.versions(KEY)
+    spare.start()
+    with open_store(spare.url()) as restored:
+        assert restored.versions(KEY) == whole[1:]
+        restored.check_integrity()
+        turn(restored)
 
 
 def test_a_server_that_comes_back_is_used_again(start: StartServer) -> None:

@@ -1,5 +1,6 @@
 """Which servers the networked store takes, how they are addressed, and what is never shown."""
 
+import re
 import shutil
 import subprocess
 import uuid
@@ -81,6 +82,25 @@ def test_a_user_without_config_needs_a_word(start: StartServer) -> None:
         open_store(address)
     with open_store(f"{address}?trust_durability=1") as store:
         turn(store)
+
+
+def test_a_user_with_the_rights_that_the_guide_names_is_enough(start: StartServer) -> None:
+    server = start()
+    guide = (Path(__file__).parents[2] / "docs" / "stores.md").read_text()
+    named = re.search(r"ACL SETUSER NAME ([^`]*)`", guide)
+    assert named is not None
+    rules = named.group(1).replace(">PASSWORD", ">word").split()
+    server.client().execute_command("ACL", "SETUSER", "app", *rules)
+    with open_store(f"redis://app:word@127.0.0.1:{server.port}/1") as store:
+        turn(store)
+        store.rollback(KEY, 1)
+        store.fork(KEY, "fork")
+        store.sweep()
+        store.check_health()
+        store.check_integrity()
+        assert store.delete_tenant("tenant") == 2
+    with pytest.raises(StoreError, match="refuses this user"):
+        open_store(f"redis://app:word@127.0.0.1:{server.port}/0?prefix=other")
 
 
 def test_trust_does_not_outweigh_what_the_server_says(start: StartServer) -> None:

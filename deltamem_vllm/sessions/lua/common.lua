@@ -127,7 +127,8 @@ end
 -- Remove all that belongs to an id; `session` may be nil.
 local function purge(id, session)
   if session and session.version > 0 then
-    count(id, -1, session.first - session.version - 1, -session.bytes)
+    -- Not -session.bytes: that of 0 is written "-0", which Redis takes for no integer.
+    count(id, -1, session.first - session.version - 1, 0 - session.bytes)
     redis.call('ZREM', BY_USE, id)
     redis.call('ZREM', BY_EXPIRY, id)
   end
