@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import redis
 
-from deltamem_vllm.errors import StoreError
+from deltamem_vllm.errors import StoreError, StoreUnavailableError
 from deltamem_vllm.sessions.redis_url import RedisLocation
 
 Ask = Callable[..., Any]
@@ -35,6 +35,7 @@ def check_server(ask: Ask, location: RedisLocation) -> list[str]:
 
     Raises:
         StoreError: says what to set.
+        StoreUnavailableError: it is a replica.
         redis.RedisError: the server did not answer.
     """
     where = location.shown
@@ -48,7 +49,8 @@ def check_server(ask: Ask, location: RedisLocation) -> list[str]:
             "store a server with cluster-enabled no (with replicas, if you like)."
         )
     if info.get("role", "master") != "master":
-        raise StoreError(
+        # It may be one only until a fail-over is through.
+        raise StoreUnavailableError(
             f"{where} is a replica, which takes no writes. Give the primary's address; INFO "
             f"replication names it: {info.get('master_host', '?')}:{info.get('master_port', '?')}."
         )

@@ -182,6 +182,10 @@ class RedisServer:
         connection = self._pool.get_connection()
         try:
             yield connection
+        except _NOT_PRIMARY:
+            # After a fail-over the same address may lead to another server.
+            connection.disconnect()
+            raise
         except redis.ResponseError:
             raise
         except BaseException:

@@ -167,12 +167,10 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(name=names, version=st.integers(0, 6))
     def rollback(self, name: str, version: int) -> None:
         found = self.sessions.get(name, Modelled())
-        if name not in self.sessions:
+        if version not in found.kept:
             expected: type[SessionError] | None = SessionNotFoundError
         elif name in self.current:
             expected = SessionBusyError
-        elif version not in found.kept:
-            expected = SessionNotFoundError
         else:
             grown = found.grown(found.kept[version][1], parent=version)
             expected = self.refusal(name, grown)
