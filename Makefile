@@ -7,13 +7,15 @@ READY := $(VENV)/.ready
 # The CPU build of torch must be there before vLLM, whose dependencies would bring a CUDA build.
 TORCH ?= torch==2.13.0+cpu
 
+INSTALL_REDIS := apt-get install -qq --no-install-recommends redis-server
+
 export VLLM_CPU_KVCACHE_SPACE ?= 1
 export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint clean
+.PHONY: help install demo test test-full redis lint clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -38,11 +40,17 @@ $(READY): pyproject.toml
 demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone
 	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
 
-test: lint ## lint, types and all tests but the long sweeps (2 cores, no GPU)
+test: lint redis ## lint, types and all tests but the long sweeps (2 cores, no GPU)
 	$(BIN)/python -m pytest -m "not slow"
 
-test-full: lint ## every test
+test-full: lint redis ## every test
 	$(BIN)/python -m pytest
+
+redis: ## install redis-server for the tests of the networked store, where that can be done
+	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \
+		&& export DEBIAN_FRONTEND=noninteractive && { $(INSTALL_REDIS) || { \
+		apt-get update -qq && $(INSTALL_REDIS); }; } >/dev/null 2>&1; } || \
+		echo "redis-server is missing, so its tests are skipped: sudo apt-get install redis-server"
 
 lint: $(READY) ## ruff and mypy --strict
 	$(BIN)/ruff check .

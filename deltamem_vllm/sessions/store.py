@@ -198,7 +198,10 @@ class SessionStore(ABC):
 
     @abstractmethod
     def delete_tenant(self, tenant: str) -> int:
-        """Delete all sessions of a tenant, under all fingerprints; returns their number."""
+        """Delete all sessions of a tenant, under all fingerprints; returns their number.
+
+        Each goes in one atomic step; a store may take several steps for a large tenant.
+        """
 
     # Ingests
 
@@ -280,9 +283,15 @@ def open_store(url: str, options: StoreOptions | None = None) -> SessionStore:
 
         return SqliteStore(url, options)
     if scheme in ("redis", "rediss", "unix"):
-        from deltamem_vllm.sessions.redis import RedisStore
-
+        try:
+            from deltamem_vllm.sessions.redis import RedisStore
+        except ModuleNotFoundError as error:
+            raise StoreError(
+                f"a store at {scheme}:// needs redis-py ({error}): "
+                "pip install 'deltamem-vllm[redis]'."
+            ) from error
         return RedisStore(url, options)
     raise StoreError(
-        f"a session store is sqlite:///path/to/file.db or redis://host:port/0, not {url!r}."
+        "a session store is sqlite:///path/to/file.db or redis://host:port/0, not "
+        f"{scheme + '://...' if '://' in url else 'what was given'}."
     )
