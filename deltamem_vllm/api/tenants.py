@@ -1,12 +1,11 @@
 """Whose sessions a request may use: by its API key, or by a trusted gateway's header.
 
-| keys file | header | the tenant is |
-|---|---|---|
-| - | - | `public`, for everybody |
-| set | - | the key's; 401 without a known key |
-| - | set | what the header says; 401 without it. Whoever reaches the server is trusted |
-| set | set | the key's; 401 if the header names another. With a gateway's key (tenant `*`) the header
-names it, and 401 without it |
+- neither keys file nor header configured: everybody is `public`;
+- keys file alone: the tenant is the key's, and without a known key 401;
+- header alone: the tenant is what the header says, and without it 401. Whoever reaches the server
+  is trusted;
+- both: the tenant is the key's, and 401 if the header names another. With a gateway's key (tenant
+  `*`) the header names it, and 401 without it.
 
 So a header never lifts a client above its own key: only a gateway's key may speak for others.
 """
