@@ -21,12 +21,14 @@ from vllm.logger import init_logger
 
 from deltamem_vllm.adapter import tensor_name
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
-from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
-from deltamem_vllm.engine.settings import (
+from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
     CONNECTOR_NAME,
-    adapter_of,
+    KV_ROLE,
+    WORKER_EXTENSION,
 )
+from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
+from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import (
     DeltaMemError,
     EngineConfigError,
@@ -39,8 +41,6 @@ from deltamem_vllm.state.page import thresholds
 from deltamem_vllm.state.snapshot import MemorySnapshot, StateShape
 
 logger = init_logger(f"vllm.{__name__}")
-
-WORKER_EXTENSION: Final = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
 
 STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before the turn is given up."""
@@ -154,7 +154,7 @@ class MemoryLLM(LLM):
                 kv_transfer_config=KVTransferConfig(
                     kv_connector=CONNECTOR_NAME,
                     kv_connector_module_path=CONNECTOR_MODULE,
-                    kv_role="kv_both",
+                    kv_role=KV_ROLE,
                 ),
                 worker_extension_cls=WORKER_EXTENSION,
                 **engine_args,

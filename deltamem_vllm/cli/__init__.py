@@ -14,6 +14,7 @@ from deltamem_vllm import __version__
 from deltamem_vllm.cli.adapter import adapter_app
 from deltamem_vllm.cli.common import ReadableErrors
 from deltamem_vllm.cli.demo import demo
+from deltamem_vllm.cli.serve import PASS_ON, serve
 
 app = typer.Typer(
     cls=ReadableErrors,
@@ -22,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="delta-mem for vLLM: models with a small, durable memory per session.",
 )
+app.command("serve", context_settings=PASS_ON)(serve)
 app.command("demo")(demo)
 app.add_typer(adapter_app, name="adapter")
 
