@@ -19,7 +19,6 @@ from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logger import init_logger
 
-from deltamem_vllm.adapter import tensor_name
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
 from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
@@ -161,14 +160,7 @@ class MemoryLLM(LLM):
             )
         except ValidationError as error:
             raise _cause(error) from None
-        adapter_served = adapter_of(self.llm_engine.vllm_config)
-        self._shape = StateShape(
-            layer_names=tuple(
-                tensor_name(index, "").removesuffix(".") for index in adapter_served.layer_indices
-            ),
-            layer_indices=adapter_served.layer_indices,
-            shape=adapter_served.config.state_shape,
-        )
+        self._shape = StateShape.of(adapter_of(self.llm_engine.vllm_config))
         self.sessions = Sessions(self._shape)
 
     def generate(

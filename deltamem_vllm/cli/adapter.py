@@ -54,7 +54,7 @@ def inspect_adapter(
     out = console()
     out.print("\nNorms of the active delta heads, by layer:")
     out.print(_layer_table(adapter))
-    if not any(_delta_norms(adapter, index) for index in adapter.layer_indices):
+    if adapter.is_inert:
         out.print("All active delta heads are zero: the model will answer as its base does.")
 
 
