@@ -5,6 +5,7 @@ crash an interpreter, such as a library that was built for another torch, is tri
 its own.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, ParamSpec
 
 from deltamem_vllm import __version__
 from deltamem_vllm.api.settings import NO_STORE, ServerSettings, without_password
@@ -27,6 +28,9 @@ BESIDE_TORCH: Final = ("torchvision", "torchaudio", "torchcodec")
 """Built for one torch each; vLLM imports them when they are there."""
 
 PROBE_TIMEOUT_S: Final = 180.0
+
+
+P = ParamSpec("P")
 
 
 class Status(StrEnum):
@@ -49,9 +53,12 @@ class Finding:
     advice: str = ""
 
 
+Findings = Iterator[Finding]
+
+
 def examine(
     model: str | None, adapter: str | None, store: str | None, *, integrity: bool = False
-) -> Iterator[Finding]:
+) -> Findings:
     """All findings, each as soon as it is known.
 
     Args:
@@ -60,35 +67,49 @@ def examine(
         store: the store's URL; None for that of `deltamem serve`.
         integrity: also compare everything in the store with everything else, which may take long.
     """
-    yield from _versions()
-    yield from _beside_torch()
-    yield from _plugins()
-    yield from _guarded("ops", _ops)
-    settings: list[ServerSettings] = []
-    yield from _guarded("settings", lambda: _settings(settings))
-    if settings:
-        yield from _guarded("tenants", lambda: _tenants(settings[0]))
-        yield from _guarded("store", lambda: _store(store, settings[0], integrity))
-    if model is not None or adapter is not None:
-        yield from _guarded("adapter", lambda: _adapter(model, adapter))
-
-
-def _guarded(subject: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    yield from check_versions()
+    yield from check_beside_torch()
+    yield from check_plugins()
+    yield from check_ops()
+    yield from check_settings()
     try:
-        yield from check()
-    except DeltaMemError as error:
-        # Its text says what to do.
-        yield Finding(subject, Status.wrong, str(error))
-    except Exception as error:
-        yield Finding(
-            subject,
-            Status.wrong,
-            f"{type(error).__name__}: {error}",
-            "Install deltamem-vllm again with the extra for this machine, such as [cuda] or [cpu].",
-        )
+        settings = ServerSettings.from_environment()
+    except DeltaMemError:
+        return  # said above; what follows would be checked under other settings than the server's
+    yield from check_tenants(settings)
+    yield from check_store(store, settings, integrity=integrity)
+    if model is not None or adapter is not None:
+        yield from check_adapter(model, adapter)
 
 
-def _versions() -> Iterator[Finding]:
+def _guarded(subject: str) -> Callable[[Callable[P, Iterator[Finding]]], Callable[P, Findings]]:
+    """Make an error of a check a finding."""
+
+    def decorate(check: Callable[P, Iterator[Finding]]) -> Callable[P, Findings]:
+        @functools.wraps(check)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> Findings:
+            try:
+                yield from check(*args, **kwargs)
+            except DeltaMemError as error:
+                # Its text says what to do.
+                yield Finding(subject, Status.wrong, str(error))
+            except Exception as error:
+                yield Finding(
+                    subject,
+                    Status.wrong,
+                    f"{type(error).__name__}: {error}",
+                    "If it is not plain what to mend, install deltamem-vllm again with the extra "
+                    "for this machine: [cuda] or [cpu].",
+                )
+
+        return guarded
+
+    return decorate
+
+
+@_guarded("vllm")
+def check_versions() -> Findings:
+    """What is installed."""
     yield Finding("deltamem-vllm", Status.ok, f"{__version__}, Python {sys.version.split()[0]}")
     torch = _version("torch")
     if torch is None:
@@ -113,7 +134,9 @@ def _versions() -> Iterator[Finding]:
         yield Finding("vllm", Status.wrong, "has no command", "Install vLLM again with pip.")
 
 
-def _beside_torch() -> Iterator[Finding]:
+@_guarded("torch")
+def check_beside_torch() -> Findings:
+    """Libraries that break vLLM when they were built for another torch."""
     for name in BESIDE_TORCH:
         if importlib.util.find_spec(name) is None:
             continue
@@ -130,7 +153,9 @@ def _beside_torch() -> Iterator[Finding]:
             )
 
 
-def _plugins() -> Iterator[Finding]:
+@_guarded("plugin")
+def check_plugins() -> Findings:
+    """Whether a new process of vLLM finds us."""
     groups = {"vllm.general_plugins": "the model", "vllm.endpoint_plugins": "the session routes"}
     for group, what in groups.items():
         names = {found.name for found in importlib.metadata.entry_points(group=group)}
@@ -186,7 +211,9 @@ def probe() -> dict[str, Any]:
     return {"vllm": vllm.__version__, "missing": sorted(set(MODEL_CLASSES) - known)}
 
 
-def _ops() -> Iterator[Finding]:
+@_guarded("ops")
+def check_ops() -> Findings:
+    """Whether the memory step compiles on this machine."""
     import torch
 
     from deltamem_vllm.ops import warm_up
@@ -196,14 +223,17 @@ def _ops() -> Iterator[Finding]:
     yield Finding("ops", Status.ok, f"the memory step is ready on {device.type}")
 
 
-def _settings(found: list[ServerSettings]) -> Iterator[Finding]:
+@_guarded("settings")
+def check_settings() -> Findings:
+    """The environment variables."""
     settings = ServerSettings.from_environment()
-    found.append(settings)
     given = sorted(settings.model_fields_set)
     yield Finding("settings", Status.ok, ", ".join(given) or "all at their defaults")
 
 
-def _tenants(settings: ServerSettings) -> Iterator[Finding]:
+@_guarded("tenants")
+def check_tenants(settings: ServerSettings) -> Findings:
+    """How requests show whose they are."""
     from deltamem_vllm.api.tenants import TenantResolver
 
     TenantResolver(settings)
@@ -215,7 +245,9 @@ def _tenants(settings: ServerSettings) -> Iterator[Finding]:
     yield Finding("tenants", Status.ok, f"by {by}" if by else "one for everybody: no keys are set")
 
 
-def _store(url: str | None, settings: ServerSettings, integrity: bool) -> Iterator[Finding]:
+@_guarded("store")
+def check_store(url: str | None, settings: ServerSettings, *, integrity: bool) -> Findings:
+    """Whether the store works, and keeps what it acknowledges."""
     from deltamem_vllm.sessions import open_store
 
     if url is None:
@@ -226,6 +258,7 @@ def _store(url: str | None, settings: ServerSettings, integrity: bool) -> Iterat
     if url == NO_STORE:
         yield Finding("store", Status.note, "none: every memory ends with its request")
         return
+    ServerSettings(store=url)  # whose error hides a password
     with open_store(url, settings.store_options()) as store:
         yield Finding("store", Status.ok, without_password(url))
         for fact in store.check_health():
@@ -242,26 +275,17 @@ def _store(url: str | None, settings: ServerSettings, integrity: bool) -> Iterat
             yield Finding("store", Status.ok, "everything in it agrees")
 
 
-def _adapter(model: str | None, adapter: str | None) -> Iterator[Finding]:
-    from deltamem_vllm.adapter import (
-        BackboneShape,
-        load_adapter,
-        resolve_base_dir,
-        resolve_linked_adapter_dir,
-    )
-    from deltamem_vllm.models.overrides import memory_overrides
+@_guarded("adapter")
+def check_adapter(model: str | None, adapter: str | None) -> Findings:
+    """Whether an adapter is sound, fits, and does anything."""
+    from deltamem_vllm.adapter import load_adapter
+    from deltamem_vllm.models.overrides import adapter_to_serve
 
-    backbone = None
     if model is not None:
-        model = os.path.expanduser(model)
-        memory_overrides(model, adapter)
-        backbone = BackboneShape.from_dir(resolve_base_dir(model, config_only=True))
-        yield Finding("model", Status.ok, f"{model}: {backbone}")
-    if adapter is not None:
-        loaded = load_adapter(adapter, backbone=backbone)
+        loaded = adapter_to_serve(os.path.expanduser(model), adapter)
     else:
-        assert model is not None
-        loaded = load_adapter(resolve_linked_adapter_dir(model), backbone=backbone)
+        assert adapter is not None
+        loaded = load_adapter(adapter)
     granularity = loaded.config.memory_write_granularity
     if granularity != "token":
         yield Finding(
@@ -278,7 +302,7 @@ def _adapter(model: str | None, adapter: str | None) -> Iterator[Finding]:
             "Train it, or check that these are the weights that you meant.",
         )
     else:
-        fits = "" if backbone is None else ", fits the model"
+        fits = "" if model is None else f", fits {model}"
         yield Finding(
             "adapter",
             Status.ok,

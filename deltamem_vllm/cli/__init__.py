@@ -16,6 +16,7 @@ from deltamem_vllm.cli.common import ReadableErrors
 from deltamem_vllm.cli.demo import demo
 from deltamem_vllm.cli.doctor import doctor
 from deltamem_vllm.cli.serve import PASS_ON, serve
+from deltamem_vllm.cli.sessions import sessions_app
 
 app = typer.Typer(
     cls=ReadableErrors,
@@ -28,6 +29,7 @@ app.command("serve", context_settings=PASS_ON)(serve)
 app.command("doctor")(doctor)
 app.command("demo")(demo)
 app.add_typer(adapter_app, name="adapter")
+app.add_typer(sessions_app, name="sessions")
 
 
 def _print_version(wanted: bool) -> None:
