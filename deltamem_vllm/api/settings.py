@@ -188,7 +188,8 @@ def unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 def without_password(url: str) -> str:
     """A store's URL for messages and logs."""
-    return re.sub(r"//[^/]*@", "//***@", url)
+    url = re.sub(r"^([^/]*//)[^/?]*@", r"\1***@", url)
+    return re.sub(r"(password=)[^&]*", r"\1***", url)
 
 
 def settings_table() -> str:

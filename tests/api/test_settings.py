@@ -112,6 +112,7 @@ def test_a_password_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
         ServerSettings.from_environment()
     assert "geheim" not in str(caught.value)
     assert without_password("redis://me:a@b@host/0") == "redis://***@host/0"
+    assert without_password("unix:///s?password=a@b&db=1") == "unix:///s?password=***&db=1"
     assert without_password("sqlite:///var/lib/a@b.db") == "sqlite:///var/lib/a@b.db"
 
 
