@@ -134,7 +134,7 @@ def test_without_a_store_memory_is_ephemeral() -> None:
 def test_a_store_that_cannot_be_opened_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "sessions.db").write_bytes(b"no database at all" * 1000)
     url = f"sqlite://{tmp_path}/sessions.db"
-    assert wrong(doctor.check_store(url, ServerSettings(), integrity=False))
+    assert "sessions.db" in wrong(doctor.check_store(url, ServerSettings(), integrity=False)).fact
 
 
 def test_an_adapter_of_zeros_does_nothing(tmp_path: Path) -> None:

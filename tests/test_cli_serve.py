@@ -261,3 +261,11 @@ def test_the_command_becomes_vllm_serve(own_home: Path) -> None:
     assert "vllm serve: error: argument --port: invalid" in process.stderr
     folder = own_home / "deltamem"
     assert folder.is_dir() and folder.stat().st_mode & 0o077 == 0
+
+
+def test_the_names_given_to_vllm_are_those_of_our_classes() -> None:
+    from deltamem_vllm.engine import connector, worker
+
+    assert connector.__name__ == CONNECTOR_MODULE and hasattr(connector, CONNECTOR_NAME)
+    extension = worker.MemoryWorkerExtension
+    assert f"{extension.__module__}.{extension.__name__}" == WORKER_EXTENSION

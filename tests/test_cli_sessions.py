@@ -309,3 +309,13 @@ def test_versions_are_kept_as_the_settings_say(
     monkeypatch.setenv("DELTAMEM_VERSIONS_KEPT", "2")
     succeeded(run("rollback", "ada", 3, url=url))
     assert [record.version for record in store.versions(key)] == [5, 4]
+
+
+def test_a_backup_is_a_store_of_that_moment(store: SessionStore, url: str, tmp_path: Path) -> None:
+    key = filled(store, "ada", OTHER_MODEL, versions=2)
+    copy = tmp_path / "copy.db"
+    assert f"sqlite://{copy}" in succeeded(run("backup", copy, url=url))
+    store.delete(key)
+    assert json_of("ls", url=url) == []
+    assert [item["version"] for item in json_of("ls", url=f"sqlite://{copy}")] == [2]
+    assert_readable_failure(run("backup", copy, url=url), str(copy))

@@ -260,22 +260,42 @@ def import_(
     typer.echo(f"{name} is at version {record.version}, from version {snapshot.version} in {file}")
 
 
+@sessions_app.command("backup")
+def backup(
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to make: a store itself.")],
+    store: StoreOption = None,
+) -> None:
+    """Copy a whole SQLite store, of all tenants, while servers use it."""
+    from deltamem_vllm.sessions.sqlite import SqliteStore
+
+    with _opened(store) as opened:
+        if not isinstance(opened, SqliteStore):
+            raise StoreError(
+                "only a SQLite store is copied so. Back up Redis by its own means: copy its "
+                "append-only files or a snapshot (BGSAVE)."
+            )
+        made = opened.backup(out)
+    typer.echo(f"wrote {made}; it is a store itself: sqlite://{made}")
+
+
 @contextmanager
 def _opened(url: str | None, *, make: bool = False) -> Iterator[SessionStore]:
     """The store; unless `make`, a file that is not there is not made."""
     from deltamem_vllm.api.settings import ServerSettings
     from deltamem_vllm.serve import default_store_url, make_folder
     from deltamem_vllm.sessions import open_store
+    from deltamem_vllm.sessions.sqlite_file import path_of_url
 
     settings = ServerSettings.from_environment()
     if url is None:
         url = settings.store if settings.keeps_sessions else default_store_url()
     ServerSettings(store=url)  # whose error hides a password
-    file = url.removeprefix("sqlite://") if url.startswith("sqlite://") else None
     if make:
         make_folder(url)
-    elif file is not None and not Path(file).exists():
-        raise StoreError(f"{file}: there is no such store. Give its URL by --store.")
+    elif url.startswith("sqlite:"):
+        file = path_of_url(url)
+        if not file.exists():
+            raise StoreError(f"{file}: there is no such store. Give its URL by --store.")
     with open_store(url, settings.store_options()) as store:
         yield store
 
