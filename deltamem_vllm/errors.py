@@ -87,3 +87,11 @@ class StoreFullError(StoreError):
 class StoreUnavailableError(StoreError):
     """The store did not answer. A commit that ends so may have happened or not: look up its reply
     or the session's version before you run the turn again."""
+
+
+class SettingsError(DeltaMemError, ValueError):
+    """A setting of the server, or a file that one names, is not valid."""
+
+
+class UnauthorizedError(DeltaMemError):
+    """A request does not show whose sessions it may use; the server answers 401."""

@@ -19,14 +19,15 @@ from torch import Tensor
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logger import init_logger
 
-from deltamem_vllm.adapter import tensor_name
 from deltamem_vllm.engine.compat import InprocClient, KVTransferConfig
-from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
-from deltamem_vllm.engine.settings import (
+from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
     CONNECTOR_NAME,
-    adapter_of,
+    KV_ROLE,
+    WORKER_EXTENSION,
 )
+from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
+from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import (
     DeltaMemError,
     EngineConfigError,
@@ -39,8 +40,6 @@ from deltamem_vllm.state.page import thresholds
 from deltamem_vllm.state.snapshot import MemorySnapshot, StateShape
 
 logger = init_logger(f"vllm.{__name__}")
-
-WORKER_EXTENSION: Final = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
 
 STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before the turn is given up."""
@@ -154,21 +153,14 @@ class MemoryLLM(LLM):
                 kv_transfer_config=KVTransferConfig(
                     kv_connector=CONNECTOR_NAME,
                     kv_connector_module_path=CONNECTOR_MODULE,
-                    kv_role="kv_both",
+                    kv_role=KV_ROLE,
                 ),
                 worker_extension_cls=WORKER_EXTENSION,
                 **engine_args,
             )
         except ValidationError as error:
             raise _cause(error) from None
-        adapter_served = adapter_of(self.llm_engine.vllm_config)
-        self._shape = StateShape(
-            layer_names=tuple(
-                tensor_name(index, "").removesuffix(".") for index in adapter_served.layer_indices
-            ),
-            layer_indices=adapter_served.layer_indices,
-            shape=adapter_served.config.state_shape,
-        )
+        self._shape = StateShape.of(adapter_of(self.llm_engine.vllm_config))
         self.sessions = Sessions(self._shape)
 
     def generate(

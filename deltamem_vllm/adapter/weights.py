@@ -120,6 +120,13 @@ class Adapter:
         return len(self.layer_indices) * heads * rows * columns * 4
 
     @property
+    def is_inert(self) -> bool:
+        """Whether all active delta heads are zero: the model then answers as its base does."""
+        heads = [head for head in DELTA_HEADS if head in self.config.delta_heads]
+        deltas = (self.layer(index).delta(head) for index in self.layer_indices for head in heads)
+        return not any(delta is not None and bool(delta.any()) for delta in deltas)
+
+    @property
     def _inactive_heads(self) -> tuple[DeltaHead, ...]:
         return tuple(head for head in DELTA_HEADS if head not in self.config.delta_heads)
 

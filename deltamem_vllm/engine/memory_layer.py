@@ -33,12 +33,8 @@ from deltamem_vllm.engine.compat import (
     get_tensor_model_parallel_world_size,
     kv_connector_of,
 )
-from deltamem_vllm.engine.settings import (
-    CONNECTOR_NAME,
-    delta_rule,
-    memory_settings,
-    page_layout,
-)
+from deltamem_vllm.engine.names import CONNECTOR_NAME
+from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
 from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.ops import StatePages, memory_step, warm_up
 

@@ -24,14 +24,12 @@ from deltamem_vllm.adapter import (
 from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.adapter.names import ADAPTER_FILES
 from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_connector_of
+from deltamem_vllm.engine.names import CONNECTOR_NAME
 from deltamem_vllm.errors import AdapterError, ConfigError, EngineConfigError
 from deltamem_vllm.ops import DeltaRule
 from deltamem_vllm.state.page import PageLayout, ring_length
 
 logger = init_logger(f"vllm.{__name__}")
-
-CONNECTOR_NAME = "DeltaMemConnector"
-CONNECTOR_MODULE = "deltamem_vllm.engine.connector"
 
 FINGERPRINT_KEY = "deltamem_adapter"
 """Key of `VllmConfig.additional_config` under which the adapter's fingerprint is known."""

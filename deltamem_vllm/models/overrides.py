@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from deltamem_vllm.adapter import resolve_adapter_dir, resolve_base_dir
+from deltamem_vllm.adapter import (
+    Adapter,
+    BackboneShape,
+    load_adapter,
+    resolve_adapter_dir,
+    resolve_base_dir,
+    resolve_linked_adapter_dir,
+)
 from deltamem_vllm.adapter.backbone import read_base_config
 from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.errors import BackboneError, EngineConfigError
@@ -52,3 +59,20 @@ def memory_overrides(
             "adapter": str(Path(resolve_adapter_dir(str(adapter))).resolve()),
         },
     }
+
+
+def adapter_to_serve(model: str, adapter: str | None) -> Adapter:
+    """The adapter that `model` is served with, checked for it.
+
+    Args:
+        model: folder or hub id of a linked checkpoint or of a base model.
+        adapter: the adapter; None for a linked checkpoint.
+
+    Raises:
+        BackboneError: there is no such model, it is not one we serve, or the adapter is another's.
+        AdapterError, ConfigError: the adapter is missing or not valid.
+    """
+    memory_overrides(model, adapter)
+    backbone = BackboneShape.from_dir(resolve_base_dir(model, config_only=True))
+    folder = resolve_linked_adapter_dir(model) if adapter is None else adapter
+    return load_adapter(folder, backbone=backbone)

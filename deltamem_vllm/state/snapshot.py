@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deltamem_vllm.adapter import Adapter, tensor_name
 from deltamem_vllm.errors import SnapshotError
 
 
@@ -38,6 +40,17 @@ class StateShape:
     layer_indices: tuple[int, ...]
     shape: tuple[int, int, int]
     """(H, r, r)"""
+
+    @classmethod
+    def of(cls, adapter: Adapter) -> Self:
+        """The states of an adapter."""
+        return cls(
+            layer_names=tuple(
+                tensor_name(index, "").removesuffix(".") for index in adapter.layer_indices
+            ),
+            layer_indices=adapter.layer_indices,
+            shape=adapter.config.state_shape,
+        )
 
     def pack(self, state: Mapping[str, Tensor]) -> bytes:
         """Concatenate all layers' states: fp32 [layers, H, r, r].

@@ -1,47 +1,20 @@
-"""The `deltamem` command: a thin layer that parses, calls the library and prints.
-
-An error that a user can cause ends as one `error: ...` on stderr and exit code 2, never as a
-stack trace. Commands import what they need when they run, so that `--help` does not wait for torch.
-"""
+"""`deltamem adapter ...`: inspect, convert and link adapters."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shlex
-import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from typer.core import TyperGroup
 
-from deltamem_vllm import __version__
+from deltamem_vllm.cli.common import console, readable_bytes
 from deltamem_vllm.config import DELTA_HEADS
-from deltamem_vllm.errors import DeltaMemError
 
 if TYPE_CHECKING:
     from deltamem_vllm.adapter import Adapter, BackboneShape
-
-USAGE_ERROR = 2
-
-
-class _ReadableErrors(TyperGroup):
-    """A command group that prints our errors, and the file system's, without a stack trace."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (DeltaMemError, OSError) as error:
-            if isinstance(error, OSError) and error.errno == errno.EPIPE:
-                raise
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USAGE_ERROR) from None
 
 
 class Form(StrEnum):
@@ -51,40 +24,14 @@ class Form(StrEnum):
     reference = "reference"
 
 
-app = typer.Typer(
-    cls=_ReadableErrors,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    help="delta-mem for vLLM: models with a small, durable memory per session.",
-)
 adapter_app = typer.Typer(
     no_args_is_help=True, help="Inspect, convert and link delta-mem adapters."
 )
-app.add_typer(adapter_app, name="adapter")
 
 AdapterArgument = Annotated[str, typer.Argument(help="Adapter: a folder or a Hub id.")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier call made there.")
 ]
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"deltamem-vllm {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
-) -> None:
-    """Options of the command itself."""
 
 
 @adapter_app.command("inspect")
@@ -104,11 +51,11 @@ def inspect_adapter(
     # Facts are lines of their own, however long: cutting a path or a fingerprint helps nobody.
     for name, value in _facts(adapter, base, backbone).items():
         typer.echo(f"{name:<19}{value}")
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print("\nNorms of the active delta heads, by layer:")
-    console.print(_layer_table(adapter))
-    if not any(_delta_norms(adapter, index) for index in adapter.layer_indices):
-        console.print("All active delta heads are zero: the model will answer as its base does.")
+    out = console()
+    out.print("\nNorms of the active delta heads, by layer:")
+    out.print(_layer_table(adapter))
+    if adapter.is_inert:
+        out.print("All active delta heads are zero: the model will answer as its base does.")
 
 
 @adapter_app.command("convert")
@@ -147,35 +94,6 @@ def link(
     typer.echo(f"vllm serve {shlex.quote(str(made))}")
 
 
-@app.command("demo")
-def demo(
-    conversations: Annotated[
-        int,
-        typer.Option("-n", "--conversations", min=2, help="Conversations per row of the table."),
-    ] = 100,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures to this file.")
-    ] = None,
-) -> None:
-    """Tell a small model facts, delete them, and ask: the answers come from memory alone."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{json_file.parent}: no such folder, so --json could not write")
-    # Read by vLLM when it is imported: one process, a small KV cache, and only its warnings.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    console.print("Loading vLLM ...")
-    warnings.simplefilter("ignore", FutureWarning)
-    from deltamem_vllm.demo import run
-
-    report = run.run(conversations, console)
-    console.print(run.table(report))
-    console.print(run.WEAKNESSES)
-    if json_file is not None:
-        json_file.write_text(json.dumps(report.summary(), indent=1) + "\n", encoding="utf-8")
-
-
 def _facts(adapter: Adapter, base: str | None, backbone: BackboneShape | None) -> dict[str, str]:
     """What an adapter is, by name."""
     from deltamem_vllm.adapter import format_ranges
@@ -192,8 +110,8 @@ def _facts(adapter: Adapter, base: str | None, backbone: BackboneShape | None) -
         "delta heads": ", ".join(config.delta_heads) or "none",
         "layers": f"{len(adapter.layer_indices)} ({format_ranges(adapter.layer_indices)})",
         "parameters": f"{adapter.num_parameters:,} ({', '.join(dtypes)})",
-        "size": _bytes(adapter.num_bytes),
-        "state per session": _bytes(adapter.state_bytes),
+        "size": readable_bytes(adapter.num_bytes),
+        "state per session": readable_bytes(adapter.state_bytes),
         "fingerprint": adapter.fingerprint,
     }
     if backbone is not None:
@@ -222,14 +140,3 @@ def _delta_norms(adapter: Adapter, index: int) -> dict[str, float]:
         if delta is not None and bool(delta.any()):
             norms[head] = float(delta.float().norm())
     return norms
-
-
-def _bytes(count: int) -> str:
-    if count < 1 << 20:
-        return f"{count / 1024:.4g} KiB ({count:,} bytes)"
-    return f"{count / (1 << 20):.4g} MiB ({count:,} bytes)"
-
-
-def main() -> None:
-    """Entry point of the `deltamem` command."""
-    app()

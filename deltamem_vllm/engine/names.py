@@ -1,0 +1,8 @@
+"""What vLLM is told by name, so that a command line can be built without loading vLLM."""
+
+from typing import Final
+
+CONNECTOR_NAME: Final = "DeltaMemConnector"
+CONNECTOR_MODULE: Final = "deltamem_vllm.engine.connector"
+KV_ROLE: Final = "kv_both"
+WORKER_EXTENSION: Final = "deltamem_vllm.engine.worker.MemoryWorkerExtension"
