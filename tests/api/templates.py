@@ -131,11 +131,9 @@ class Renderer:
 
     template: str
     tokenizer: PreTrainedTokenizerFast = TOKENIZER
-    messages_rendered: int = 0
     characters_rendered: int = 0
 
     def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-        self.messages_rendered += len(messages)
         self.characters_rendered += sum(len(message["content"] or "") for message in messages)
         tokens: Any = self.tokenizer.apply_chat_template(
             list(messages),

@@ -28,7 +28,7 @@ from tests.api.templates import (
 IM_END, EOT, END_OF_TEXT = (
     TOKENIZER.convert_tokens_to_ids(text) for text in ("<|im_end|>", "<|eot|>", "</s>")
 )
-NEWLINE, TWO_NEWLINES = (TOKENIZER.encode(text)[0] for text in ("\n", "\n\n"))
+(NEWLINE,) = TOKENIZER.encode("\n")
 
 
 def system(text: str = "be kind") -> dict[str, Any]:
