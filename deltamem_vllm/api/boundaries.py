@@ -1,0 +1,205 @@
+"""Where messages end and begin in a rendered prompt, in tokens.
+
+Chat templates are programs: none says which tokens belong to which message, and some render a
+message in another way once later ones follow it (they drop a reply's reasoning, say). So a
+conversation is rendered again with other texts in it, and the tokens that change tell where the
+texts are.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from deltamem_vllm.api.messages import Message, texts_of
+from deltamem_vllm.errors import MemoryRequestError
+
+
+class Render(Protocol):
+    """Renders messages with a model's chat template: the same tokens for the same messages."""
+
+    def __call__(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool
+    ) -> Sequence[int]: ...
+
+
+class _Seam(NamedTuple):
+    """Where earlier messages meet later ones, as positions in the rendered prompt."""
+
+    text_end: int
+    """Behind the last token that depends on an earlier message's text."""
+
+    boundary: int
+    """Behind what closes the earlier messages. What opens the next one comes here."""
+
+
+def split_boundary(
+    render: Render,
+    standing: Sequence[Message],
+    reread: Sequence[Message],
+    fresh: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    prompt: Sequence[int] | None = None,
+) -> int:
+    """How many tokens, from the prompt's start, are read and not written.
+
+    These are all tokens up to the end of the last standing or reread message, whatever the
+    template puts among them. Doubt falls on the fresh side, which is written: a token that holds
+    the end of one message's closing and the beginning of the next one's opening counts as fresh,
+    and so does what closes the last standing message if the template refuses to render standing
+    messages alone. Text of standing and reread messages is never counted as fresh, unless the
+    template leaves it out when the messages change.
+
+    With neither standing nor reread messages everything is fresh, a system prompt that the
+    template brings along included.
+
+    Args:
+        render: the model's chat template. Called up to five times; the text of the first fresh
+            message is rendered at most once.
+        standing, reread, fresh: as in a `FoldPlan`; rendered in this order.
+        add_generation_prompt: whether the full prompt ends with what opens a reply.
+        prompt: the full prompt, if it was rendered already.
+
+    Raises:
+        MemoryRequestError: the template renders something of the earlier messages behind the text
+            of the first fresh one, so there is no such number.
+    """
+    if not standing and not reread:
+        return 0
+    if prompt is None:
+        prompt = render([*standing, *reread, *fresh], add_generation_prompt=add_generation_prompt)
+    seam = _find_seam(render, standing, reread, fresh, prompt, add_generation_prompt)
+    return seam.boundary
+
+
+def turn_terminator(render: Render) -> tuple[int, ...]:
+    """The tokens that the template puts behind a reply's text to end its turn.
+
+    For ChatML they are `<|im_end|>` and a line break. They are found where a user message follows;
+    a token that also holds something of that message is none of them.
+
+    Raises:
+        MemoryRequestError: the template does not render messages in their order.
+    """
+    question: Message = {"role": "user", "content": "0"}
+    answer: Message = {"role": "assistant", "content": "0"}
+    prompt = render([question, answer, question], add_generation_prompt=False)
+    seam = _find_seam(render, (), (question, answer), (question,), prompt, False)
+    return tuple(prompt[seam.text_end : seam.boundary])
+
+
+def pending_after(output_ids: Sequence[int], terminator: Sequence[int]) -> tuple[int, ...]:
+    """What the session's next turn must feed first, to close this one.
+
+    That is the last sampled token, which was never fed, and as much of the terminator as the output
+    does not end with. A reply that was cut by a stop string or its length gets all of it.
+
+    Args:
+        output_ids: the tokens kept of the reply, an end-of-sequence token included.
+        terminator: see `turn_terminator`.
+    """
+    last = tuple(output_ids[-1:])
+    for there in range(min(len(terminator), len(output_ids)), 0, -1):
+        if tuple(output_ids[-there:]) == tuple(terminator[:there]):
+            return (*last, *terminator[there:])
+    return (*last, *terminator)
+
+
+def _find_seam(
+    render: Render,
+    standing: Sequence[Message],
+    reread: Sequence[Message],
+    fresh: Sequence[Message],
+    prompt: Sequence[int],
+    add_generation_prompt: bool,
+) -> _Seam:
+    before = [*standing, *reread]
+    other_before = [*_with_other_end(standing), *_with_other_end(reread)]
+    other_fresh = _with_other_start(fresh)
+
+    reference = prompt
+    fresh_text = len(prompt)
+    if fresh:
+        reference = render([*before, *other_fresh], add_generation_prompt=add_generation_prompt)
+        fresh_text = common_prefix(prompt, reference)
+    changed = render([*other_before, *other_fresh], add_generation_prompt=add_generation_prompt)
+    text_end = len(reference) - _common_suffix(reference, changed)
+    if text_end > fresh_text:
+        raise MemoryRequestError(
+            "this model's chat template renders system messages or earlier turns behind later "
+            "ones, so what was written before cannot be told from what was not. Leave `window` "
+            "out, and send only the new messages."
+        )
+    # Between the two texts lie the closing of one message and the opening of the other. The closing
+    # is what also stands behind the first text where nothing follows.
+    closing = _closing(render, before, other_before)
+    closed = common_prefix(closing, prompt[text_end:fresh_text])
+    return _Seam(text_end, text_end + closed)
+
+
+def _closing(
+    render: Render, messages: Sequence[Message], changed: Sequence[Message]
+) -> Sequence[int]:
+    """What the template puts behind the text of a conversation's last message."""
+    try:
+        ending = render(messages, add_generation_prompt=False)
+        other_ending = render(changed, add_generation_prompt=False)
+    # Some templates refuse conversations without a question, each in its own way. The caller's
+    # prompt has been rendered, so nothing is wrong with that.
+    except Exception:
+        return ()
+    return ending[len(ending) - _common_suffix(ending, other_ending) :]
+
+
+def _with_other_end(messages: Sequence[Message]) -> list[Message]:
+    """The messages, the last one with another text that ends differently."""
+    if not messages:
+        return []
+    text = _text(messages[-1])
+    return [*messages[:-1], _with_text(messages[-1], _other_than(text[-1:]))]
+
+
+def _with_other_start(messages: Sequence[Message]) -> list[Message]:
+    """The messages, the first one with another text that begins differently."""
+    if not messages:
+        return []
+    text = _text(messages[0])
+    return [_with_text(messages[0], _other_than(text[:1])), *messages[1:]]
+
+
+def _text(message: Message) -> str:
+    # Templates may strip texts, so the white space around them tells nothing.
+    return "\n".join(texts_of(message)).strip()
+
+
+def _other_than(character: str) -> str:
+    return "1" if character == "0" else "0"
+
+
+def _with_text(message: Message, text: str) -> Message:
+    """The message with another text, also in the arguments of its calls, which come behind."""
+    changed = {**message, "content": text}
+    if message.get("tool_calls"):
+        changed["tool_calls"] = [_with_argument(call, text) for call in message["tool_calls"]]
+    return changed
+
+
+def _with_argument(call: Mapping[str, Any], text: str) -> dict[str, Any]:
+    arguments: Any = {"text": text}
+    if not isinstance(call["function"].get("arguments"), Mapping):
+        arguments = json.dumps(arguments)
+    return {**call, "function": {**call["function"], "arguments": arguments}}
+
+
+def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many items two sequences begin with alike."""
+    length = 0
+    for left, right in zip(one, other, strict=False):
+        if left != right:
+            break
+        length += 1
+    return length
+
+
+def _common_suffix(one: Sequence[int], other: Sequence[int]) -> int:
+    return common_prefix(one[::-1], other[::-1])

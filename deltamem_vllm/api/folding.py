@@ -1,0 +1,246 @@
+"""A full history folded into what a session knows and what the model is shown.
+
+`plan_fold` compares the history that a client sends with the versions kept of its session, and
+sorts its messages; see `docs/folding.md`. It only plans: nothing is loaded, rendered or written.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from deltamem_vllm.api.boundaries import common_prefix
+from deltamem_vllm.api.messages import (
+    STANDING_ROLES,
+    Message,
+    hash_message,
+    role_of,
+    texts_of,
+)
+from deltamem_vllm.errors import ConflictError, MemoryRequestError
+from deltamem_vllm.memory import Window
+from deltamem_vllm.sessions import SessionRecord
+
+OnDivergence = Literal["reset", "fork"] | None
+
+
+@dataclass(frozen=True)
+class FoldPlan:
+    """What becomes of each message of a history.
+
+    In the history's order, its messages but for the standing ones are `saved`, `reread`, `ingest`,
+    `fresh`; `reread` or `ingest` is empty. The prompt is `standing`, `reread`, `fresh`.
+    """
+
+    base_version: int
+    """The version that the turn grows out of; 0 is an empty memory."""
+
+    standing: tuple[Message, ...]
+    """System and developer messages: shown every turn, never written."""
+
+    saved: tuple[Message, ...]
+    """Written before, and left out of the prompt."""
+
+    reread: tuple[Message, ...]
+    """Written before, and shown as text that is read and not written again."""
+
+    ingest: tuple[Message, ...]
+    """Not written before and older than the window: written before the generation, not shown."""
+
+    fresh: tuple[Message, ...]
+    """Not written before: shown and written. Empty if the base holds the whole history."""
+
+    chain_after_prompt: tuple[bytes, ...]
+    """Hashes of all messages but the standing ones. The version after the turn holds these, and
+    that of the reply."""
+
+
+def plan_fold(
+    messages: Sequence[Message],
+    versions: Sequence[SessionRecord],
+    window: Window,
+    on_divergence: OnDivergence,
+    key: bytes,
+    count_tokens: Callable[[Sequence[Message]], int],
+    *,
+    writes: bool = True,
+) -> FoldPlan:
+    """Sort a history's messages by what is to be done with them.
+
+    Args:
+        messages: the full history, oldest first.
+        versions: those kept of the session, newest first; empty for an absent session.
+        window: how much is shown. It is widened to begin with a user message, so that no answer
+            stands without its question, and no tool's result without its call.
+        on_divergence: what to do with a history that is not the one written; None refuses it.
+        key: see `hash_message`.
+        count_tokens: tokens that messages take in a prompt. Called with one message at a time, the
+            newest first, until a window of tokens is full.
+        writes: False for a turn that only reads. Then everything unwritten is shown: there is no
+            other way for the model to know it.
+
+    Raises:
+        MemoryRequestError: there is nothing to answer, or a message is malformed or not text.
+        ConflictError: the history differs from what was written, or goes back further than the
+            versions kept, and `on_divergence` does not help.
+    """
+    standing, chain = _parted(messages)
+    hashes = tuple(_hashed(index, message, key) for index, message in chain)
+    history = tuple(message for _, message in chain)
+    version, written = _Lineage(versions).base(hashes, history[-1], on_divergence)
+    start = _window_start(history, window, count_tokens)
+    if not writes:
+        start = min(start, written)
+    start = _question_before(history, start)
+    return FoldPlan(
+        base_version=version,
+        standing=standing,
+        saved=history[: min(start, written)],
+        reread=history[start:written],
+        ingest=history[written:start],
+        fresh=history[max(start, written) :],
+        chain_after_prompt=hashes,
+    )
+
+
+def _parted(
+    messages: Sequence[Message],
+) -> tuple[tuple[Message, ...], list[tuple[int, Message]]]:
+    """Standing messages, and all others with their place in the request."""
+    standing: list[Message] = []
+    chain: list[tuple[int, Message]] = []
+    for index, message in enumerate(messages):
+        try:
+            if role_of(message) in STANDING_ROLES:
+                texts_of(message)  # refuses images
+                standing.append(message)
+            else:
+                chain.append((index, message))
+        except MemoryRequestError as error:
+            raise MemoryRequestError(f"messages[{index}]: {error}") from None
+    if not chain:
+        raise MemoryRequestError(
+            "messages holds none but system messages, so there is nothing to answer. With a "
+            "window, send the conversation's full history."
+        )
+    return tuple(standing), chain
+
+
+def _hashed(index: int, message: Message, key: bytes) -> bytes:
+    try:
+        return hash_message(message, key)
+    except MemoryRequestError as error:
+        raise MemoryRequestError(f"messages[{index}]: {error}") from None
+
+
+def _window_start(
+    history: Sequence[Message],
+    window: Window,
+    count_tokens: Callable[[Sequence[Message]], int],
+) -> int:
+    """Index of the window's first message, before it is widened."""
+    if window.messages is not None:
+        return max(0, len(history) - window.messages)
+    left = window.tokens or 0
+    for index in reversed(range(len(history))):
+        left -= count_tokens(history[index : index + 1])
+        if left < 0:
+            return index + 1
+    return 0
+
+
+def _question_before(history: Sequence[Message], start: int) -> int:
+    """The last user message that is no later than `start` and the newest message; else 0."""
+    start = min(start, len(history) - 1)
+    while start and role_of(history[start]) != "user":
+        start -= 1
+    return start
+
+
+class _Lineage:
+    """The versions kept of a session, and how they grew out of each other."""
+
+    def __init__(self, versions: Sequence[SessionRecord]) -> None:
+        self._newest_first = tuple(versions)
+        by_version = {record.version: record for record in versions}
+        version = versions[0].version if versions else 0
+        self._ancestors: list[SessionRecord] = []
+        while version in by_version:
+            self._ancestors.append(by_version.pop(version))
+            version = self._ancestors[-1].parent_version
+        self._others = tuple(by_version.values())
+        root = self._ancestors[-1] if self._ancestors else None
+        inherited = root is not None and root.version == 1 and root.forked_from is not None
+        self._began_empty = version == 0 and not inherited
+        """Whether the empty memory is known to lie before all that the session holds."""
+
+    def base(
+        self, hashes: Sequence[bytes], newest: Message, on_divergence: OnDivergence
+    ) -> tuple[int, int]:
+        """The version to grow out of, and how many messages of the history it holds."""
+        current = self._newest_first[0] if self._newest_first else None
+        chain = () if current is None else current.content.message_chain
+        common = common_prefix(hashes, chain)
+        if common == len(chain):
+            return (0 if current is None else current.version), common
+        if _goes_back(hashes, common, newest):
+            # The longest chain has the least to be written again; of equal ones, the nearest
+            # ancestor's holds what else was written since.
+            fitting = list(_fitting((*self._ancestors, *self._others), hashes))
+            if fitting:
+                return _as_base(max(fitting, key=_length))
+            if self._began_empty:
+                return 0, 0
+        if on_divergence == "reset":
+            return 0, 0
+        if on_divergence == "fork":
+            for record in _fitting(self._newest_first, hashes):
+                return _as_base(record)
+            if self._began_empty:
+                return 0, 0
+        raise ConflictError(self._problem(hashes, common, newest, on_divergence))
+
+    def _problem(
+        self, hashes: Sequence[bytes], common: int, newest: Message, on_divergence: OnDivergence
+    ) -> str:
+        newest_version, oldest_version = self._newest_first[0], self._newest_first[-1]
+        name = newest_version.key.name
+        if on_divergence == "fork" or _goes_back(hashes, common, newest):
+            return (
+                f"session {name!r}: the history shares its first {common} messages with what was "
+                f"written, and none of the versions kept ({oldest_version.version} to "
+                f"{newest_version.version}) holds these or fewer of them alone. Set on_divergence "
+                'to "reset" to write the history into an empty memory, or keep more versions.'
+            )
+        return (
+            f"session {name!r} was written with another history: of the "
+            f"{len(newest_version.content.message_chain)} messages written, the one sent repeats "
+            f"the first {common} and then differs. Send the history as it was, or set "
+            'on_divergence to "fork" to go on from the newest version that fits it, or to "reset" '
+            "to begin with an empty memory."
+        )
+
+
+def _goes_back(hashes: Sequence[bytes], common: int, newest: Message) -> bool:
+    """Whether a history asks again what was asked before, or asks something else instead.
+
+    A history that has nothing in common with the chain is no such edit: it may as well be another
+    conversation, whose client does not mean to lose the memory.
+    """
+    if len(hashes) == common:
+        return True
+    return common > 0 and len(hashes) == common + 1 and role_of(newest) != "assistant"
+
+
+def _fitting(records: Sequence[SessionRecord], hashes: Sequence[bytes]) -> Iterator[SessionRecord]:
+    """Versions that hold nothing but the history's first messages."""
+    for record in records:
+        if common_prefix(hashes, record.content.message_chain) == _length(record):
+            yield record
+
+
+def _length(record: SessionRecord) -> int:
+    return len(record.content.message_chain)
+
+
+def _as_base(record: SessionRecord) -> tuple[int, int]:
+    return record.version, _length(record)
