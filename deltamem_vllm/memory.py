@@ -7,7 +7,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
 
-
 MAX_TURN_NAME: Final = 200
 """Characters; also of the header `Idempotency-Key`."""
 

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from starlette.types import Receive, Scope, Send
 
 from deltamem_vllm.api import replies
 from deltamem_vllm.api.conversation import Conversations, Plan
@@ -21,8 +20,9 @@ from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService
-from deltamem_vllm.api.turns import KeptReply, SessionTurns, WritingTurn
-from deltamem_vllm.engine.compat import ErrorResponse, with_sse_keep_alive
+from deltamem_vllm.api.streams import TurnStream
+from deltamem_vllm.api.turns import KeptReply, WritingTurn
+from deltamem_vllm.engine.compat import ErrorResponse, metrics_header, with_sse_keep_alive
 from deltamem_vllm.engine.turn import Start, begin
 from deltamem_vllm.errors import (
     BrokenOffError,
@@ -40,6 +40,8 @@ Run = Callable[[GenerationRequest], Awaitable[Any]]
 IDEMPOTENCY_HEADER: Final = "idempotency-key"
 RETRY_HEADER: Final = "x-stainless-retry-count"
 """How OpenAI's clients mark a request that they send again by themselves."""
+
+LOAD_FORMAT_HEADER: Final = "endpoint-load-metrics-format"
 
 WAITING: Final = ("on_busy", "max_wait")
 """Fields of `memory` that do not change what is asked."""
@@ -180,7 +182,7 @@ class Generation:
         except BaseException:
             await turns.close(turn)
             raise
-        if not isinstance(response, _TurnStream):
+        if not isinstance(response, TurnStream):
             await turns.close(turn)
         return response
 
@@ -201,10 +203,8 @@ class Generation:
         lora = service.lora(asked.request.model)
         content = None if plan.base is None else plan.base.content
         if plan.ingest:
-            async for _, content in service.ingester.write(
-                content, plan.ingest, lora_request=lora
-            ):
-                pass
+            writing = service.ingester.write(content, list(plan.ingest), lora_request=lora)
+            content = [content async for _, content in writing][-1]
         start = begin("read_write", content, service.shape, reread=plan.reread)
         engine_turn = EngineTurn(start)
         with service.door.carrying(engine_turn):
@@ -221,9 +221,8 @@ class Generation:
 
             chunks = await self._commit(ending, body["choices"][0].get("message"), make)
             return _json(chunks[0])
-        return _TurnStream(
-            turns=service.turns, turn=turn, events=_kept_alive(asked.raw, self._hold_back(ending, reply))
-        )
+        events = _kept_alive(asked.raw, self._hold_back(ending, reply))
+        return TurnStream(service.turns, turn, events)
 
     async def _hold_back(self, ending: _Ending, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """A stream whose last events wait for the commit."""
@@ -330,21 +329,6 @@ class Generation:
         return _stream(asked.raw, events())
 
 
-class _TurnStream(StreamingResponse):
-    """A stream that gives its session back however it ends, even if it never began."""
-
-    def __init__(self, turns: SessionTurns, turn: WritingTurn, events: AsyncIterator[str]) -> None:
-        super().__init__(events, media_type="text/event-stream")
-        self._turns = turns
-        self._turn = turn
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._turns.close(self._turn)
-
-
 async def _with_report(
     events: AsyncIterator[str], engine_turn: EngineTurn, report: MemoryReport
 ) -> AsyncIterator[str]:
@@ -360,6 +344,17 @@ async def _with_report(
         held[at] = replies.event_with_report(held[at], report)
     for event in held:
         yield event
+
+
+async def stock_answer(request: GenerationRequest, raw: Request, run: Run) -> Response:
+    """vLLM's answer to a request without a word about memory: it has an ephemeral one."""
+    reply = await run(request)
+    if isinstance(reply, ErrorResponse):
+        return _error_response(reply)
+    if hasattr(reply, "model_dump"):
+        load_format = raw.headers.get(LOAD_FORMAT_HEADER, "")
+        return JSONResponse(reply.model_dump(), headers=metrics_header(load_format))
+    return _stream(raw, reply)
 
 
 def _refuse(request: GenerationRequest) -> None:

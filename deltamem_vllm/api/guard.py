@@ -7,14 +7,23 @@ started without session support would get an answer without memory and no word a
 """
 
 import functools
-from typing import Any
+import json
+from typing import Any, Final
 
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deltamem_vllm.api.problems import problem_response
 from deltamem_vllm.engine.compat import GENERATION_REQUESTS
 from deltamem_vllm.engine.request_args import ARGS_KEY
 from deltamem_vllm.engine.settings import MemoryConfigHook
 from deltamem_vllm.errors import MemoryRequestError
 
-MEMORY_FIELD = "memory"
+MEMORY_FIELD: Final = "memory"
+
+MEMORY_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
+"""Routes that take a memory, on servers with sessions."""
+
+OUR_PREFIX: Final = "/v1/memory/"
 
 
 def refuse_memory_field() -> None:
@@ -44,3 +53,59 @@ def _guarded(to_params: Any) -> Any:
         return to_params(request, *args, **kwargs)
 
     return guarded
+
+
+class ForeignRoutes:
+    """ASGI middleware: refuses what routes that are not ours would pass over in silence.
+
+    They know no memory, and some hand a request's extra arguments to the engine unseen.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "POST" or not MemoryConfigHook.serving:
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path.startswith(OUR_PREFIX):
+            await self._app(scope, receive, send)
+            return
+        messages = [await receive()]
+        while messages[-1].get("more_body"):
+            messages.append(await receive())
+        problem = _problem_of(b"".join(message.get("body", b"") for message in messages), path)
+        if problem is not None:
+            await problem_response(MemoryRequestError(problem))(scope, receive, send)
+            return
+        read = iter(messages)
+
+        async def replay() -> Message:
+            return next(read, None) or await receive()
+
+        await self._app(scope, replay, send)
+
+
+def _problem_of(body: bytes, path: str) -> str | None:
+    if MEMORY_FIELD.encode() not in body and ARGS_KEY.encode() not in body:
+        return None
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        return None  # the route's own answer is better
+    if not isinstance(asked, dict):
+        return None
+    if path not in MEMORY_PATHS and asked.get(MEMORY_FIELD) is not None:
+        return (
+            f"{path} knows no memory. Use {' or '.join(MEMORY_PATHS)}, or leave the field "
+            f"{MEMORY_FIELD!r} out."
+        )
+    params = asked.get("sampling_params")
+    for extra in (
+        asked.get("vllm_xargs"),
+        params.get("extra_args") if isinstance(params, dict) else None,
+    ):
+        if isinstance(extra, dict) and ARGS_KEY in extra:
+            return f"{ARGS_KEY!r} in a request's extra arguments is reserved. Leave it out."
+    return None

@@ -22,9 +22,11 @@ from deltamem_vllm.errors import (
     StoreUnavailableError,
     TooLargeError,
     TurnMismatchError,
+    UnauthorizedError,
 )
 
 STATUS: Final[tuple[tuple[type[DeltaMemError], int], ...]] = (
+    (UnauthorizedError, 401),
     (MemoryRequestError, 400),
     (SessionNotFoundError, 404),
     (SessionExistsError, 409),

@@ -1,15 +1,14 @@
-"""The HTTP routes: chat and completions with memory, and everything about sessions."""
+"""The HTTP routes: chats and completions with a memory, in place of vLLM's, and sessions."""
 
-import asyncio
-import json
-from collections.abc import AsyncIterator
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Path, Query, Request, Response, UploadFile
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.routing import APIRoute
 
-from deltamem_vllm.api.generation import Generation, Run
-from deltamem_vllm.api.problems import problem, problem_event, problem_response
+from deltamem_vllm.api.generation import Generation, stock_answer
+from deltamem_vllm.api.ingesting import Ingests
+from deltamem_vllm.api.problems import problem_response
 from deltamem_vllm.api.schemas import (
     Deleted,
     ForkRequest,
@@ -17,6 +16,7 @@ from deltamem_vllm.api.schemas import (
     IngestRequest,
     MemoryChatRequest,
     MemoryCompletionRequest,
+    Problem,
     RollbackRequest,
     SessionDetail,
     SessionList,
@@ -24,11 +24,258 @@ from deltamem_vllm.api.schemas import (
     TenantDeleted,
 )
 from deltamem_vllm.api.service import MemoryService
-from deltamem_vllm.engine.compat import (
-    ErrorResponse,
-    load_aware_call,
-    validate_json_request,
-    with_cancellation,
-    with_sse_keep_alive,
+from deltamem_vllm.engine.compat import load_aware_call, validate_json_request, with_cancellation
+from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
+from deltamem_vllm.sessions import SessionContent
+from deltamem_vllm.state.snapshot_file import SnapshotFile, dump_snapshot, load_snapshot
+
+SNAPSHOT_TYPE = "application/vnd.safetensors"
+
+Model = Annotated[
+    str | None, Query(description="The served model, where LoRA adapters are served beside it.")
+]
+
+
+class _OurRoute(APIRoute):
+    """Answers our errors in the form of OpenAI's."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except DeltaMemError as error:
+                return problem_response(error)
+
+        return handler
+
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem} for status in (400, 401, 404, 409, 413, 422, 429, 500, 503, 507)
+}
+
+generation_router = APIRouter(
+    dependencies=[Depends(validate_json_request)],
+    responses={**PROBLEMS, 200: {"content": {"text/event-stream": {}}}},
+    route_class=_OurRoute,
 )
-from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
+session_router = APIRouter(
+    prefix="/v1/memory/sessions",
+    tags=["memory"],
+    responses=PROBLEMS,
+    route_class=_OurRoute,
+)
+
+
+def service_of(raw_request: Request) -> MemoryService:
+    """The server's session service.
+
+    Raises:
+        MemoryRequestError: it has none.
+    """
+    service: MemoryService | None = raw_request.app.state.deltamem
+    if service is None:
+        raise MemoryRequestError(
+            "this server has no session store; every request has an ephemeral memory. Leave the "
+            "field memory out, or start the server with `deltamem serve`."
+        )
+    return service
+
+
+@generation_router.post("/v1/chat/completions")
+@with_cancellation
+@load_aware_call
+async def create_chat_completion(request: MemoryChatRequest, raw_request: Request) -> Response:
+    """vLLM's chat completions, with a field `memory`."""
+    handler = raw_request.app.state.openai_serving_chat
+    if handler is None:
+        raise NotImplementedError("The model does not support Chat Completions API")
+
+    async def run(asked: Any) -> Any:
+        return await handler.create_chat_completion(asked, raw_request)
+
+    if request.memory is None:
+        return await stock_answer(request, raw_request, run)
+    return await Generation(service_of(raw_request)).answer(request, raw_request, run)
+
+
+@generation_router.post("/v1/completions")
+@with_cancellation
+@load_aware_call
+async def create_completion(request: MemoryCompletionRequest, raw_request: Request) -> Response:
+    """vLLM's completions, with a field `memory`."""
+    handler = raw_request.app.state.openai_serving_completion
+    if handler is None:
+        raise NotImplementedError("The model does not support Completions API")
+
+    async def run(asked: Any) -> Any:
+        return await handler.create_completion(asked, raw_request)
+
+    if request.memory is None:
+        return await stock_answer(request, raw_request, run)
+    return await Generation(service_of(raw_request)).answer(request, raw_request, run)
+
+
+@session_router.get("")
+async def list_sessions(
+    raw_request: Request,
+    prefix: Annotated[str, Query(max_length=256)] = "",
+    after: Annotated[str | None, Query(max_length=2000)] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    model: Model = None,
+) -> SessionList:
+    """The tenant's sessions with this model, by name, a page at a time."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, "-")
+    page = await service.turns.call(
+        service.turns.store.list_sessions,
+        key.tenant,
+        fingerprint=key.fingerprint,
+        prefix=prefix,
+        after=after,
+        limit=limit,
+    )
+    return SessionList(
+        data=[SessionView.of(info) for info in page.sessions],
+        has_more=page.next_after is not None,
+        next_after=page.next_after,
+    )
+
+
+@session_router.delete("")
+async def delete_sessions(raw_request: Request, all: bool = False) -> TenantDeleted:
+    """Delete all sessions of the tenant, whatever their model; say `all=true` to mean it."""
+    service = service_of(raw_request)
+    if not all:
+        raise MemoryRequestError("this deletes all of the tenant's sessions: add ?all=true.")
+    tenant = service.tenant(raw_request)
+    return TenantDeleted(
+        sessions=await service.turns.call(service.turns.store.delete_tenant, tenant)
+    )
+
+
+@session_router.get("/{session}")
+async def get_session(session: str, raw_request: Request, model: Model = None) -> SessionDetail:
+    """A session and its kept versions."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    await service.turns.call(service.turns.store.get, key)  # says what is missing
+    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
+
+
+@session_router.delete("/{session}")
+async def delete_session(session: str, raw_request: Request, model: Model = None) -> Deleted:
+    """Delete a session for good, a running turn or not."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    deleted = await service.turns.call(service.turns.store.delete, key)
+    return Deleted(session=session, deleted=deleted)
+
+
+@session_router.post("/{session}/fork")
+async def fork_session(
+    session: str, body: ForkRequest, raw_request: Request, model: Model = None
+) -> SessionDetail:
+    """Make another session of one version of this one."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    record = await service.turns.call(service.turns.store.fork, key, body.to, body.version)
+    return SessionDetail.of((record,))
+
+
+@session_router.post("/{session}/rollback")
+async def roll_back_session(
+    session: str, body: RollbackRequest, raw_request: Request, model: Model = None
+) -> SessionDetail:
+    """Make an older version the current one, as a new version."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    await service.turns.call(service.turns.store.rollback, key, body.version)
+    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
+
+
+@session_router.post(
+    "/{session}/ingest",
+    responses={200: {"model": IngestReport, "content": {"text/event-stream": {}}}},
+)
+@with_cancellation
+async def ingest(
+    session: str, body: IngestRequest, raw_request: Request, model: Model = None
+) -> Response:
+    """Write text of any length without generating."""
+    service = service_of(raw_request)
+    length = int(raw_request.headers.get("content-length") or 0)
+    _check_size(length, service)
+    return await Ingests(service).answer(session, body, raw_request, model)
+
+
+@session_router.get(
+    "/{session}/export", response_class=Response, responses={200: {"content": {SNAPSHOT_TYPE: {}}}}
+)
+async def export_session(
+    session: str,
+    raw_request: Request,
+    model: Model = None,
+    version: Annotated[int | None, Query(ge=1)] = None,
+) -> Response:
+    """A session as a file, for another server with the same model."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    record = await service.turns.call(service.turns.store.get, key, version)
+    content = record.content
+    file = SnapshotFile(
+        state=content.state,
+        version=record.version,
+        tokens_written=content.tokens_written,
+        pending_token_ids=content.pending_token_ids,
+        message_chain=content.message_chain,
+        metadata=content.metadata,
+    )
+    parts = service.fingerprints.of(service.lora(model))
+    data = await service.turns.call(dump_snapshot, file, parts, service.shape)
+    return Response(data, media_type=SNAPSHOT_TYPE)
+
+
+@session_router.post(
+    "/{session}/import",
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {SNAPSHOT_TYPE: {"schema": {"type": "string", "format": "binary"}}},
+        }
+    },
+)
+async def import_session(
+    session: str,
+    raw_request: Request,
+    model: Model = None,
+    ttl: Annotated[float | None, Query(gt=0)] = None,
+) -> SessionDetail:
+    """Make a session of a file that `export` gave."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    data = bytearray()
+    async for chunk in raw_request.stream():
+        data += chunk
+        _check_size(len(data), service)
+    parts = service.fingerprints.of(service.lora(model))
+    file = await service.turns.call(load_snapshot, bytes(data), parts, service.shape)
+    vocabulary = raw_request.app.state.vllm_config.model_config.get_vocab_size()
+    if any(token >= vocabulary for token in file.pending_token_ids):
+        raise MemoryRequestError("the file's pending tokens are not in the model's vocabulary.")
+    content = SessionContent(
+        state=file.state,
+        tokens_written=file.tokens_written,
+        pending_token_ids=file.pending_token_ids,
+        message_chain=file.message_chain,
+        metadata=file.metadata,
+    )
+    record = await service.turns.call(service.turns.store.create, key, content, ttl=ttl)
+    return SessionDetail.of((record,))
+
+
+def _check_size(size: int, service: MemoryService) -> None:
+    limit = service.settings.max_ingest_bytes
+    if size > limit:
+        raise TooLargeError(f"a body of {size:,} bytes; the server takes {limit:,}.")

@@ -10,6 +10,21 @@ from deltamem_vllm.sessions import SessionInfo, SessionRecord
 from deltamem_vllm.state.page import MemoryMode
 
 
+class ProblemDetail(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class Problem(BaseModel):
+    """An answer that is an error."""
+
+    error: ProblemDetail
+
+
 class MemoryChatRequest(ChatCompletionRequest):
     """vLLM's chat request with a memory."""
 

@@ -1,13 +1,14 @@
 """What an API server with sessions is made of."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 
 from deltamem_vllm.api.door import EngineDoor
+from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.settings import ServerSettings
@@ -28,8 +29,7 @@ class MemoryService:
     renderer: ChatRenderer
     tenants: TenantResolver
     shape: StateShape
-    fingerprint_of: Callable[[Any], str]
-    """LoRA request or None -> fingerprint."""
+    fingerprints: Fingerprints
 
     lora_requests: Mapping[str, Any]
     """Served LoRA adapters by model name; changes while the server runs."""
@@ -45,7 +45,7 @@ class MemoryService:
     def key(self, raw_request: Request, model: str | None, session: str) -> SessionKey:
         """The session that a request names."""
         return SessionKey(
-            self.tenant(raw_request), self.fingerprint_of(self.lora(model)), session
+            self.tenant(raw_request), self.fingerprints.of(self.lora(model)).digest, session
         )
 
     def hash_key(self, tenant: str) -> bytes:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Final, Self
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from deltamem_vllm.errors import SettingsError
@@ -108,6 +108,11 @@ class ServerSettings(BaseSettings):
     tenant_header: str | None = None
     """Header in which a trusted gateway names the tenant, such as `X-Tenant`. Set it only where
     clients cannot reach the server past the gateway, or together with a gateway's key."""
+
+    hash_secret: SecretStr = SecretStr("")
+    """Keys the hashes of written messages, up to 64 bytes: without it, whoever can read the store
+    can find out whether a message that he guesses was written. All servers of a store need the
+    same; after a change, histories written before count as other ones."""
 
     fingerprint_alias: str | None = Field(default=None, min_length=1, max_length=256)
     """Stands for the digests of weights, config and quantisation: servers with the same alias share
@@ -217,7 +222,7 @@ def with_table(document: str) -> str:
 
 def _shown(default: object) -> str:
     match default:
-        case None:
+        case None | SecretStr():
             return "-"
         case bool():
             return f"`{str(default).lower()}`"

@@ -18,18 +18,18 @@ from deltamem_vllm.api.ingest import Ingester
 from deltamem_vllm.api.queue import TurnQueue
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.service import MemoryService
-from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.api.settings import NO_STORE, ServerSettings, variable, without_password
 from deltamem_vllm.api.states import StateCollector
 from deltamem_vllm.api.tenants import TenantResolver
 from deltamem_vllm.api.turns import SessionTurns
 from deltamem_vllm.engine.compat import call_all_workers, kv_connector_of
-from deltamem_vllm.engine.settings import CONNECTOR_NAME, MemoryConfigHook, state_shape
+from deltamem_vllm.engine.names import CONNECTOR_NAME
+from deltamem_vllm.engine.settings import MemoryConfigHook, adapter_of
 from deltamem_vllm.errors import EngineConfigError, StoreError
 from deltamem_vllm.sessions import open_store
+from deltamem_vllm.state.snapshot import StateShape
 
 logger = init_logger(f"vllm.{__name__}")
-
-NO_STORE = "none"
 
 
 async def start_service(engine_client: Any, state: State) -> MemoryService | None:
@@ -41,23 +41,27 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
     Raises:
         DeltaMemError: store, adapter or settings cannot be served; the message says why.
     """
-    settings = ServerSettings()
-    if settings.store == NO_STORE or not MemoryConfigHook.serving:
+    settings = ServerSettings.from_environment()
+    if not (settings.keeps_sessions and MemoryConfigHook.serving):
         return None
     vllm_config = state.vllm_config
     if kv_connector_of(vllm_config) != CONNECTOR_NAME:
         raise EngineConfigError(
-            f"sessions in {settings.store} need the KV connector {CONNECTOR_NAME}, but vLLM was "
-            f"started with {kv_connector_of(vllm_config)}. Start with `deltamem serve`, or set "
-            f"DELTAMEM_STORE={NO_STORE} to serve ephemeral memory only."
+            f"sessions in {without_password(settings.store)} need the KV connector "
+            f"{CONNECTOR_NAME}, but vLLM was started with {kv_connector_of(vllm_config)}. Start "
+            f"with `deltamem serve`, or set {variable('store')}={NO_STORE} to serve ephemeral "
+            "memory only."
         )
     fingerprints = await asyncio.to_thread(
-        Fingerprints, vllm_config, state.online_renderer.chat_template, settings
+        Fingerprints,
+        vllm_config,
+        state.online_renderer.chat_template,
+        settings.fingerprint_alias,
     )
     store = await asyncio.to_thread(open_store, settings.store, settings.store_options())
     facts = await asyncio.to_thread(store.check_health)
     logger.info("delta-mem: sessions in %s", "; ".join(facts))
-    shape = state_shape(vllm_config)
+    shape = StateShape.of(adapter_of(vllm_config))
     max_model_len = vllm_config.model_config.max_model_len
     collector = StateCollector(
         partial(call_all_workers, engine_client, "take_memory_states"), shape
@@ -78,7 +82,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         renderer=ChatRenderer(state.online_renderer),
         tenants=TenantResolver(settings),
         shape=shape,
-        fingerprint_of=fingerprints.of,
+        fingerprints=fingerprints,
         lora_requests=state.openai_serving_models.lora_requests,
     )
 

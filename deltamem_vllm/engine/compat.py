@@ -36,6 +36,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
     validate_json_request,
     with_cancellation,
 )
+from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -205,6 +206,7 @@ __all__ = [
     "kv_connector_of",
     "let_kernel_scan_pass_llvmlite",
     "load_aware_call",
+    "metrics_header",
     "validate_json_request",
     "with_cancellation",
     "with_sse_keep_alive",

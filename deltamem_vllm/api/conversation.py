@@ -1,0 +1,242 @@
+"""What a request makes of its session: which version it grows out of, what the model is shown,
+what is written before, and what the session remembers of the messages.
+
+Completions and chats without a window take the prompt as it is. With a window the history is folded
+(see `folding.py`).
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from deltamem_vllm.api.boundaries import pending_after, split_boundary, turn_terminator
+from deltamem_vllm.api.folding import FoldPlan, plan_fold
+from deltamem_vllm.api.messages import CHAIN_ROLES, Message, hash_message, role_of
+from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest
+from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.memory import Memory
+from deltamem_vllm.sessions import SessionKey, SessionRecord
+
+GenerationRequest = MemoryChatRequest | MemoryCompletionRequest
+
+TEMPLATES_KNOWN: Final = 64
+"""Templates, with their arguments, of which the end of a turn is remembered."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One turn."""
+
+    request: GenerationRequest
+    """For vLLM's handler."""
+
+    base: SessionRecord | None = None
+    """The version that the turn grows out of; None for an empty memory."""
+
+    ingest: tuple[int, ...] = ()
+    """Tokens to write before."""
+
+    reread: int = 0
+    """Tokens at the prompt's start that are read and not written."""
+
+    chain: tuple[bytes, ...] | None = None
+    """Hashes of all messages when the prompt is written; None if there is none to keep."""
+
+    tokens_saved: int = 0
+    """Of the history that the client sent and the prompt does not show."""
+
+    @property
+    def base_version(self) -> int:
+        return 0 if self.base is None else self.base.version
+
+
+class Conversations:
+    """Plans turns, and says what is left of them at their end."""
+
+    def __init__(self, service: MemoryService) -> None:
+        self._service = service
+        self._terminators: dict[str, tuple[int, ...]] = {}
+
+    async def plan_writing(
+        self,
+        request: GenerationRequest,
+        body: dict[str, Any],
+        memory: Memory,
+        key: SessionKey,
+        versions: tuple[SessionRecord, ...],
+    ) -> Plan:
+        """Plan a turn that writes.
+
+        Args:
+            request: as vLLM parsed it.
+            body: as the client sent it; messages are taken from here.
+            memory: what the request says about its memory.
+            key: the session.
+            versions: those kept, newest first.
+
+        Raises:
+            MemoryRequestError, ConflictError: see `plan_fold`.
+        """
+        current = versions[0] if versions else None
+        if not isinstance(request, MemoryChatRequest):
+            return Plan(request, current)
+        if memory.window is not None:
+            return await self._fold(request, body, memory, key, versions, writes=True)
+        hash_key = self._service.hash_key(key.tenant)
+        written = () if current is None else current.content.message_chain
+        hashes = [
+            hash_message(message, hash_key)
+            for message in body["messages"]
+            if role_of(message) in CHAIN_ROLES
+        ]
+        return Plan(request, current, chain=(*written, *hashes))
+
+    async def plan_reading(
+        self,
+        request: GenerationRequest,
+        body: dict[str, Any],
+        memory: Memory,
+        key: SessionKey,
+        record: SessionRecord | None,
+    ) -> Plan:
+        """Plan a turn that only reads `record`; see `plan_writing`."""
+        if memory.window is None or not isinstance(request, MemoryChatRequest):
+            return Plan(request, record)
+        versions = () if record is None else (record,)
+        return await self._fold(request, body, memory, key, versions, writes=False)
+
+    async def pending(
+        self, request: GenerationRequest, output_ids: Sequence[int]
+    ) -> tuple[int, ...]:
+        """What the session's next turn must feed first."""
+        if not isinstance(request, MemoryChatRequest) or request.continue_final_message:
+            return tuple(output_ids[-1:])
+        return pending_after(output_ids, await self._terminator(request))
+
+    def chain_after(
+        self, plan: Plan, key: SessionKey, message: Message | None
+    ) -> tuple[bytes, ...] | None:
+        """Hashes of all messages after the turn.
+
+        Args:
+            plan: the turn's.
+            key: the session.
+            message: the reply as the client gets it.
+        """
+        if plan.chain is None or message is None:
+            return None
+        return (*plan.chain, hash_message(message, self._service.hash_key(key.tenant)))
+
+    async def tokens_of(self, messages: Sequence[Message], request: MemoryChatRequest) -> list[int]:
+        """Messages as tokens to be written alone."""
+        return await self._service.renderer.tokens(request, messages, add_generation_prompt=False)
+
+    async def _fold(
+        self,
+        request: MemoryChatRequest,
+        body: dict[str, Any],
+        memory: Memory,
+        key: SessionKey,
+        versions: tuple[SessionRecord, ...],
+        *,
+        writes: bool,
+    ) -> Plan:
+        assert memory.window is not None
+        render = self._render(request)
+        fold = await asyncio.to_thread(
+            plan_fold,
+            body["messages"],
+            versions,
+            memory.window,
+            memory.on_divergence,
+            self._service.hash_key(key.tenant),
+            lambda messages: len(render(messages, add_generation_prompt=False)),
+            writes=writes,
+        )
+        shown = [*fold.standing, *fold.reread, *fold.fresh]
+        prompt = await asyncio.to_thread(render, shown, add_generation_prompt=True)
+        reread = 0
+        if writes:
+            reread = await asyncio.to_thread(
+                split_boundary, render, fold.standing, fold.reread, fold.fresh, prompt=prompt
+            )
+        base = next((record for record in versions if record.version == fold.base_version), None)
+        return Plan(
+            request=_showing(request, body, shown),
+            base=base,
+            ingest=await self._ingested(render, fold) if writes else (),
+            reread=reread,
+            chain=fold.chain_after_prompt,
+            tokens_saved=await self._saved(render, fold, shown, len(prompt)),
+        )
+
+    async def _ingested(self, render: Any, fold: FoldPlan) -> tuple[int, ...]:
+        """The tokens of messages that are written without being shown.
+
+        They are rendered behind the standing ones, which stay out, as in the prompt.
+        """
+        if not fold.ingest:
+            return ()
+        messages = [*fold.standing, *fold.ingest]
+        tokens = await asyncio.to_thread(render, messages, add_generation_prompt=False)
+        start = await asyncio.to_thread(
+            split_boundary,
+            render,
+            fold.standing,
+            (),
+            fold.ingest,
+            add_generation_prompt=False,
+            prompt=tokens,
+        )
+        return tuple(tokens[start:])
+
+    async def _saved(
+        self, render: Any, fold: FoldPlan, shown: Sequence[Message], num_shown: int
+    ) -> int:
+        """By how many tokens the full history would be longer than the prompt."""
+        if not (fold.saved or fold.ingest):
+            return 0
+        history = [*fold.standing, *fold.saved, *fold.reread, *fold.ingest, *fold.fresh]
+        full = await asyncio.to_thread(render, history, add_generation_prompt=True)
+        return max(0, len(full) - num_shown)
+
+    async def _terminator(self, request: MemoryChatRequest) -> tuple[int, ...]:
+        """What the request's template puts behind a reply. Empty if it cannot be told."""
+        known = repr((request.chat_template, request.chat_template_kwargs))
+        if known not in self._terminators:
+            bare = request.model_copy(update={"tools": None, "tool_choice": "none"})
+            try:
+                terminator = await asyncio.to_thread(turn_terminator, self._render(bare))
+            except MemoryRequestError:
+                terminator = ()
+            if len(self._terminators) >= TEMPLATES_KNOWN:
+                self._terminators.clear()
+            self._terminators[known] = terminator
+        return self._terminators[known]
+
+    def _render(self, request: MemoryChatRequest) -> Any:
+        """A function that renders messages, to be called from threads."""
+        loop = asyncio.get_running_loop()
+
+        def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+            rendering = self._service.renderer.tokens(
+                request, messages, add_generation_prompt=add_generation_prompt
+            )
+            return asyncio.run_coroutine_threadsafe(rendering, loop).result()
+
+        return render
+
+
+def _showing(
+    request: MemoryChatRequest, body: dict[str, Any], messages: Sequence[Message]
+) -> MemoryChatRequest:
+    """The same request with other messages."""
+    folded = {name: value for name, value in body.items() if name != "memory"}
+    shown: MemoryChatRequest = type(request).model_validate(
+        {**folded, "messages": [dict(message) for message in messages]}
+    )
+    # Made by the first validation, and part of the reply.
+    shown.request_id = request.request_id
+    return shown
