@@ -191,11 +191,11 @@ def test_an_ending_of_the_whole_conversation_belongs_to_no_message() -> None:
     assert read.endswith("<|im_start|>assistant\nb<|im_end|>\n")
 
 
-def test_an_ending_like_a_message_takes_no_text_of_the_next_one() -> None:
-    template = CHATML + (
-        "{%- if not add_generation_prompt -%}{{ '<|im_start|>user\nhi' }}{%- endif -%}"
-    )
-    read = read_text(template, [], [user("a"), assistant("b")], [user("hi there")])
+@pytest.mark.parametrize("start", ["hi", "0", "1"])
+def test_an_ending_like_a_message_takes_no_text_of_the_next_one(start: str) -> None:
+    ending = "{{ '<|im_start|>user\n" + start + "' }}"
+    template = CHATML + "{%- if not add_generation_prompt -%}" + ending + "{%- endif -%}"
+    read = read_text(template, [], [user("a"), assistant("b")], [user(f"{start} there")])
     assert read.endswith("b<|im_end|>\n<|im_start|>user\n")
 
 
