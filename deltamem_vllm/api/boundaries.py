@@ -6,9 +6,8 @@ conversation is rendered again with other texts in it, and the tokens that chang
 texts are.
 """
 
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 from deltamem_vllm.api.messages import Message, texts_of
 from deltamem_vllm.errors import MemoryRequestError
@@ -131,7 +130,8 @@ def _find_seam(
             "out, and send only the new messages."
         )
     # Between the two texts lie the closing of one message and the opening of the other. The closing
-    # is what also stands behind the first text where nothing follows.
+    # is what also stands behind the first text where nothing follows. A template that leaves a text
+    # out, or puts a message's calls behind it, only makes both of them longer.
     closing = _closing(render, before, other_before)
     closed = common_prefix(closing, prompt[text_end:fresh_text])
     return _Seam(text_end, text_end + closed)
@@ -152,43 +152,19 @@ def _closing(
 
 
 def _with_other_end(messages: Sequence[Message]) -> list[Message]:
-    """The messages, the last one with another text that ends differently."""
-    if not messages:
-        return []
-    text = _text(messages[-1])
-    return [*messages[:-1], _with_text(messages[-1], _other_than(text[-1:]))]
+    return [*messages[:-1], *map(_retold, messages[-1:])]
 
 
 def _with_other_start(messages: Sequence[Message]) -> list[Message]:
-    """The messages, the first one with another text that begins differently."""
-    if not messages:
-        return []
-    text = _text(messages[0])
-    return [_with_text(messages[0], _other_than(text[:1])), *messages[1:]]
+    return [*map(_retold, messages[:1]), *messages[1:]]
 
 
-def _text(message: Message) -> str:
+def _retold(message: Message) -> Message:
+    """The message with another text, which begins and ends differently."""
     # Templates may strip texts, so the white space around them tells nothing.
-    return "\n".join(texts_of(message)).strip()
-
-
-def _other_than(character: str) -> str:
-    return "1" if character == "0" else "0"
-
-
-def _with_text(message: Message, text: str) -> Message:
-    """The message with another text, also in the arguments of its calls, which come behind."""
-    changed = {**message, "content": text}
-    if message.get("tool_calls"):
-        changed["tool_calls"] = [_with_argument(call, text) for call in message["tool_calls"]]
-    return changed
-
-
-def _with_argument(call: Mapping[str, Any], text: str) -> dict[str, Any]:
-    arguments: Any = {"text": text}
-    if not isinstance(call["function"].get("arguments"), Mapping):
-        arguments = json.dumps(arguments)
-    return {**call, "function": {**call["function"], "arguments": arguments}}
+    text = "\n".join(texts_of(message)).strip()
+    other = next(one for one in "012" if one not in (text[:1], text[-1:]))
+    return {**message, "content": other}
 
 
 def common_prefix(one: Sequence[object], other: Sequence[object]) -> int:

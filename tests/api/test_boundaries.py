@@ -152,7 +152,9 @@ def test_with_nothing_fresh_only_the_opening_of_the_reply_is_written(name: str) 
 
 @pytest.mark.parametrize("template", [CHATML, THINKING, LLAMA, MERGED, PLAIN])
 def test_with_nothing_before_all_is_written(template: str) -> None:
-    assert split_boundary(Renderer(template), [], [], [user("hello")]) == 0
+    render = Renderer(template)
+    assert split_boundary(render, [], [], [user("hello")]) == 0
+    assert render.characters_rendered == 0
 
 
 def test_a_system_prompt_that_the_template_moves_is_not_written() -> None:
@@ -187,6 +189,22 @@ def test_an_ending_of_the_whole_conversation_belongs_to_no_message() -> None:
     template = CHATML + "{%- if not add_generation_prompt -%}{{ '</s>' }}{%- endif -%}"
     read = read_text(template, [], [user("a"), assistant("b")], [user("hi")])
     assert read.endswith("<|im_start|>assistant\nb<|im_end|>\n")
+
+
+@pytest.mark.parametrize("start", ["hi", "0", "1"])
+def test_an_ending_like_a_message_takes_no_text_of_the_next_one(start: str) -> None:
+    ending = "{{ '<|im_start|>user\n" + start + "' }}"
+    template = CHATML + "{%- if not add_generation_prompt -%}" + ending + "{%- endif -%}"
+    read = read_text(template, [], [user("a"), assistant("b")], [user(f"{start} there")])
+    assert read.endswith("b<|im_end|>\n<|im_start|>user\n")
+
+
+@pytest.mark.parametrize("text", ["be 0", " 0 ", "0 is 1", "1 is 0 \n", "2", "0", "1", "12"])
+def test_no_end_of_a_moved_system_prompt_is_written(text: str) -> None:
+    template = MERGED.replace("messages[0].content", "messages[0].content | trim")
+    for question in ("hi", "0", "1 0", "2"):
+        read = read_text(template, [system(text)], [], [user(question)])
+        assert read == f"<s>[INST] {text.strip()}"
 
 
 def test_a_template_without_order_is_refused() -> None:
