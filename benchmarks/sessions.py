@@ -10,9 +10,9 @@ uses, from many threads at once:
 1. Sessions are made, one version kept. Then the file, after its WAL was written back, is compared
    with the states in it: `bytes_ratio`.
 2. Random sessions are loaded by one thread, after a warm-up: `load_p50_ms`, `load_p99_ms`. Then
-   random sessions, whose leases were taken before, are committed: `durable_commits_per_s`. Then
-   they are turned: a turn takes a lease, loads the session and commits; `turns_per_s` counts turns,
-   each of which waits for the disk twice.
+   random sessions are committed: `durable_commits_per_s`; they were loaded under a lease before, as
+   a turn's beginning does. Then they are turned: a turn takes a lease, loads the session and
+   commits; `turns_per_s` counts turns, each of which waits for the disk twice.
 3. A twentieth of the sessions, with the default number of versions kept, each of them filled:
    `bytes_ratio_default_k` is the file over one state per session, so about as many times
    `bytes_ratio` as versions are kept.
@@ -104,11 +104,13 @@ def fill(store: SqliteStore, sessions: int, threads: int) -> float:
 
 
 def commit_rate(store: SqliteStore, chosen: list[int], threads: int) -> float:
-    """Commits per second, each to another one of the chosen sessions; leases are taken before."""
+    """Commits per second, each to another one of the chosen sessions, all loaded and leased."""
     leases: dict[int, Lease] = {}
 
     def take(index: int, _: random.Random) -> None:
-        leases[index] = store.acquire(key_of(chosen[index]), "benchmark", seconds=LEASE_SECONDS)
+        key = key_of(chosen[index])
+        leases[index] = store.acquire(key, "benchmark", seconds=LEASE_SECONDS)
+        store.get(key)
 
     def commit(index: int, source: random.Random) -> None:
         store.commit(leases[index], content_of(source))
