@@ -9,10 +9,11 @@ uses, from many threads at once:
 
 1. Sessions are made, one version kept. Then the file, after its WAL was written back, is compared
    with the states in it: `bytes_ratio`.
-2. Random sessions are loaded by one thread, after a warm-up: `load_p50_ms`, `load_p99_ms`. Then
-   random sessions, whose leases were taken before, are committed: `durable_commits_per_s`. Then
-   they are turned: a turn takes a lease, loads the session and commits; `turns_per_s` counts turns,
-   each of which waits for the disk twice.
+2. Random sessions are loaded by one thread, twice: the second time, which counts, the system's page
+   cache has them, however little memory there is: `load_p50_ms`, `load_p99_ms`. Then random
+   sessions are committed: `durable_commits_per_s`; they were loaded under a lease before, as a
+   turn's beginning does. Then they are turned: a turn takes a lease, loads the session and commits;
+   `turns_per_s` counts turns, each of which waits for the disk twice.
 3. A twentieth of the sessions, with the default number of versions kept, each of them filled:
    `bytes_ratio_default_k` is the file over one state per session, so about as many times
    `bytes_ratio` as versions are kept.
@@ -104,11 +105,13 @@ def fill(store: SqliteStore, sessions: int, threads: int) -> float:
 
 
 def commit_rate(store: SqliteStore, chosen: list[int], threads: int) -> float:
-    """Commits per second, each to another one of the chosen sessions; leases are taken before."""
+    """Commits per second, each to another one of the chosen sessions, all loaded and leased."""
     leases: dict[int, Lease] = {}
 
     def take(index: int, _: random.Random) -> None:
-        leases[index] = store.acquire(key_of(chosen[index]), "benchmark", seconds=LEASE_SECONDS)
+        key = key_of(chosen[index])
+        leases[index] = store.acquire(key, "benchmark", seconds=LEASE_SECONDS)
+        store.get(key)
 
     def commit(index: int, source: random.Random) -> None:
         store.commit(leases[index], content_of(source))
@@ -130,15 +133,19 @@ def turn_rate(store: SqliteStore, chosen: list[int], threads: int) -> float:
 
 
 def loads(store: SqliteStore, sessions: int, count: int) -> list[float]:
-    """Seconds of each of `count` loads of random sessions, the first half being the warm-up."""
+    """Seconds of each of `count` loads of random sessions, which were all loaded once before."""
     source = random.Random(0)
+    chosen = [source.randrange(sessions) for _ in range(count)]
+    for number in chosen:
+        store.get(key_of(number))
+    source.shuffle(chosen)
     durations = []
-    for _ in range(2 * count):
-        key = key_of(source.randrange(sessions))
+    for number in chosen:
+        key = key_of(number)
         begin = time.perf_counter()
         store.get(key)
         durations.append(time.perf_counter() - begin)
-    return durations[count:]
+    return durations
 
 
 def file_bytes(folder: Path) -> int:
