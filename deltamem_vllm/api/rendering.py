@@ -44,8 +44,11 @@ class ChatRenderer:
                 "continue_final_message": False,
             }
         )
+        # vLLM 0.33 has one.
+        effort_map = getattr(online, "reasoning_effort_map", None)
+        further = {"reasoning_effort_map": effort_map} if effort_map else {}
         chat_params = asked.build_chat_params(
-            online.chat_template, online.chat_template_content_format
+            online.chat_template, online.chat_template_content_format, **further
         ).with_defaults(defaults)
         tok_params = TokenizeParams(
             max_total_tokens=None, add_special_tokens=request.add_special_tokens
