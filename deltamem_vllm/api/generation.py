@@ -148,6 +148,7 @@ class Generation:
             mode="read_only",
             version=0 if record is None else record.version,
             tokens_written=0 if content is None else content.tokens_written,
+            tokens_pending=0 if content is None else len(content.pending_token_ids),
             prompt_tokens_saved=plan.tokens_saved,
         )
         start = begin("read_only", content, self._service.shape)

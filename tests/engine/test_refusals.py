@@ -350,7 +350,17 @@ def test_large_state_pages_come_with_a_warning_and_a_better_block_size(
         ({"session": b"a"}, ["session:", "string"]),
         ({"session": "a", "mode": "write"}, ["mode:", "'read_write', 'read_only' or 'off'"]),
         ({"session": "a", "mode": None}, ["mode:"]),
-        ({"session": "a", "sesion": "b", "ttl": 3}, ["sesion:", "ttl:"]),
+        ({"session": "a", "sesion": "b", "tll": 3}, ["sesion:", "tll:"]),
+        ({"session": "a", "ttl": 0}, ["ttl:", "greater than 0"]),
+        ({"session": "a", "version": -1}, ["version:"]),
+        ({"session": "a", "on_busy": "queue"}, ["on_busy:", "'wait' or 'conflict'"]),
+        ({"session": "a", "turn": "t" * 201}, ["turn:", "at most 200"]),
+        ({"session": "a", "mode": "read_only", "turn": "t"}, ["turn", "read_only"]),
+        ({"session": "a", "mode": "read_only", "ttl": 3}, ["ttl", "read_only"]),
+        ({"session": "a", "window": {}}, ["window is"]),
+        ({"session": "a", "window": {"messages": 1, "tokens": 1}}, ["window is"]),
+        ({"session": "a", "window": {"messages": -1}}, ["window.messages:"]),
+        ({"session": "a", "on_divergence": "fork"}, ["on_divergence", "needs a window"]),
     ],
 )
 def test_contradicting_or_mistyped_memory_is_refused(
