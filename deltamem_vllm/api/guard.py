@@ -10,6 +10,7 @@ import functools
 import json
 from typing import Any, Final
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltamem_vllm.api.problems import problem_response
@@ -65,13 +66,10 @@ class ForeignRoutes:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "POST" or not MemoryConfigHook.serving:
+        if not (_has_json(scope) and MemoryConfigHook.serving):
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        if path.startswith(OUR_PREFIX):
-            await self._app(scope, receive, send)
-            return
         messages = [await receive()]
         while messages[-1].get("more_body"):
             messages.append(await receive())
@@ -87,6 +85,12 @@ class ForeignRoutes:
         await self._app(scope, replay, send)
 
 
+def _has_json(scope: Scope) -> bool:
+    if scope["type"] != "http" or scope["method"] != "POST":
+        return False
+    return "json" in Headers(scope=scope).get("content-type", "")
+
+
 def _problem_of(body: bytes, path: str) -> str | None:
     if MEMORY_FIELD.encode() not in body and ARGS_KEY.encode() not in body:
         return None
@@ -96,7 +100,8 @@ def _problem_of(body: bytes, path: str) -> str | None:
         return None  # the route's own answer is better
     if not isinstance(asked, dict):
         return None
-    if path not in MEMORY_PATHS and asked.get(MEMORY_FIELD) is not None:
+    takes_memory = path in MEMORY_PATHS or path.startswith(OUR_PREFIX)
+    if not takes_memory and asked.get(MEMORY_FIELD) is not None:
         return (
             f"{path} knows no memory. Use {' or '.join(MEMORY_PATHS)}, or leave the field "
             f"{MEMORY_FIELD!r} out."

@@ -155,25 +155,7 @@ async def delete_sessions(raw_request: Request, all: bool = False) -> TenantDele
     )
 
 
-@session_router.get("/{session}")
-async def get_session(session: str, raw_request: Request, model: Model = None) -> SessionDetail:
-    """A session and its kept versions."""
-    service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
-    await service.turns.call(service.turns.store.get, key)  # says what is missing
-    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
-
-
-@session_router.delete("/{session}")
-async def delete_session(session: str, raw_request: Request, model: Model = None) -> Deleted:
-    """Delete a session for good, a running turn or not."""
-    service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
-    deleted = await service.turns.call(service.turns.store.delete, key)
-    return Deleted(session=session, deleted=deleted)
-
-
-@session_router.post("/{session}/fork")
+@session_router.post("/{session:path}/fork")
 async def fork_session(
     session: str, body: ForkRequest, raw_request: Request, model: Model = None
 ) -> SessionDetail:
@@ -184,7 +166,7 @@ async def fork_session(
     return SessionDetail.of((record,))
 
 
-@session_router.post("/{session}/rollback")
+@session_router.post("/{session:path}/rollback")
 async def roll_back_session(
     session: str, body: RollbackRequest, raw_request: Request, model: Model = None
 ) -> SessionDetail:
@@ -196,7 +178,7 @@ async def roll_back_session(
 
 
 @session_router.post(
-    "/{session}/ingest",
+    "/{session:path}/ingest",
     responses={200: {"model": IngestReport, "content": {"text/event-stream": {}}}},
 )
 @with_cancellation
@@ -211,7 +193,9 @@ async def ingest(
 
 
 @session_router.get(
-    "/{session}/export", response_class=Response, responses={200: {"content": {SNAPSHOT_TYPE: {}}}}
+    "/{session:path}/export",
+    response_class=Response,
+    responses={200: {"content": {SNAPSHOT_TYPE: {}}}},
 )
 async def export_session(
     session: str,
@@ -238,7 +222,7 @@ async def export_session(
 
 
 @session_router.post(
-    "/{session}/import",
+    "/{session:path}/import",
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -273,6 +257,27 @@ async def import_session(
     )
     record = await service.turns.call(service.turns.store.create, key, content, ttl=ttl)
     return SessionDetail.of((record,))
+
+
+# After the routes with a word behind the name: a name may have slashes in it.
+
+
+@session_router.get("/{session:path}")
+async def get_session(session: str, raw_request: Request, model: Model = None) -> SessionDetail:
+    """A session and its kept versions."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    await service.turns.call(service.turns.store.get, key)  # says what is missing
+    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
+
+
+@session_router.delete("/{session:path}")
+async def delete_session(session: str, raw_request: Request, model: Model = None) -> Deleted:
+    """Delete a session for good, a running turn or not."""
+    service = service_of(raw_request)
+    key = service.key(raw_request, model, session)
+    deleted = await service.turns.call(service.turns.store.delete, key)
+    return Deleted(session=session, deleted=deleted)
 
 
 def _check_size(size: int, service: MemoryService) -> None:
