@@ -52,4 +52,4 @@ class MemoryService:
         """Key of the hashes of a tenant's messages, 32 bytes: equal messages of two tenants have
         different hashes, and without the server's secret nobody can try messages out."""
         secret = self.settings.hash_secret.get_secret_value().encode()
-        return hashlib.blake2b(tenant.encode(), key=secret[:64], digest_size=32).digest()
+        return hashlib.blake2b(tenant.encode(), key=secret, digest_size=32).digest()

@@ -30,6 +30,9 @@ STORE_SCHEMES: Final = ("sqlite", "redis", "rediss", "unix")
 OTHER_VARIABLES: Final = frozenset({"DELTAMEM_ALLOW_UNTESTED_VLLM"})
 """Variables of our prefix that other parts of the package read."""
 
+MAX_SECRET: Final = 64
+"""Bytes that BLAKE2b takes as its key."""
+
 TABLE_BEGIN: Final = "<!-- settings: begin -->"
 TABLE_END: Final = "<!-- settings: end -->"
 
@@ -136,6 +139,13 @@ class ServerSettings(BaseSettings):
             )
         return url
 
+    @field_validator("hash_secret")
+    @classmethod
+    def _key_size(cls, secret: SecretStr) -> SecretStr:
+        if len(secret.get_secret_value().encode()) > MAX_SECRET:
+            raise ValueError(f"expected at most {MAX_SECRET} bytes")
+        return secret
+
     @field_validator("tenant_header")
     @classmethod
     def _header_name(cls, name: str | None) -> str | None:
@@ -236,7 +246,10 @@ def _problem(item: Mapping[str, object]) -> str:
     location = item["loc"]
     assert isinstance(location, tuple)
     name = variable(str(location[0])) if location else "settings"
-    return f"{name} = {without_password(str(item['input']))!r}: {item['msg']}"
+    given = without_password(str(item["input"]))
+    if location == ("hash_secret",):
+        given = "***"
+    return f"{name} = {given!r}: {item['msg']}"
 
 
 if __name__ == "__main__":

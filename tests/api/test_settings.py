@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from deltamem_vllm.api.settings import (
     ENV_PREFIX,
@@ -41,6 +42,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "max_ingest_bytes": ("1024", 1024),
         "sweep_seconds": ("1", 1.0),
         "usage_log": ("true", True),
+        "hash_secret": ("s3cret", SecretStr("s3cret")),
         "tenant_keys_file": ("/etc/keys.json", Path("/etc/keys.json")),
         "tenant_header": ("X-Tenant", "X-Tenant"),
         "fingerprint_alias": ("qwen3 4b", "qwen3 4b"),
@@ -133,3 +135,12 @@ def test_the_documentation_lists_the_settings_as_they_are() -> None:
 def test_a_document_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="settings: begin"):
         with_table("# Configuration\n")
+
+
+def test_a_secret_that_is_too_long_is_refused_without_showing_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DELTAMEM_HASH_SECRET", "s3cret" * 11)
+    with pytest.raises(SettingsError, match="DELTAMEM_HASH_SECRET.*at most 64 bytes") as refusal:
+        ServerSettings()
+    assert "s3cret" not in str(refusal.value)
