@@ -141,6 +141,6 @@ def test_a_secret_that_is_too_long_is_refused_without_showing_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DELTAMEM_HASH_SECRET", "s3cret" * 11)
-    with pytest.raises(SettingsError, match="DELTAMEM_HASH_SECRET.*at most 64 bytes") as refusal:
+    with pytest.raises(SettingsError, match=r"DELTAMEM_HASH_SECRET.*at most 64 bytes") as refusal:
         ServerSettings()
     assert "s3cret" not in str(refusal.value)
