@@ -1,5 +1,6 @@
 """An independent answer: transformers in fp32, the sequential definition, request by request."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,8 +38,12 @@ class Oracle:
         state: dict[str, Tensor] | None = None,
         writes: bool = True,
         reads: bool = True,
+        written: Sequence[bool] | None = None,
     ) -> Answer:
+        """`written`: which of the tokens write; None: all of them."""
         self.memory.reset()
+        if written is not None:
+            self.memory.token_mask = torch.tensor([list(written)])
         self.memory.write_enabled, self.memory.read_enabled = writes, reads
         if state is not None:
             self.memory.load_states(
