@@ -61,7 +61,8 @@ def split_boundary(
 
     Raises:
         MemoryRequestError: the template renders something of the earlier messages behind the text
-            of the first fresh one, so there is no such number.
+            of the first fresh one, or the same tokens for different texts, so there is no such
+            number.
     """
     if not standing and not reread:
         return 0
@@ -78,7 +79,8 @@ def turn_terminator(render: Render) -> tuple[int, ...]:
     a token that also holds something of that message is none of them.
 
     Raises:
-        MemoryRequestError: the template does not render messages in their order.
+        MemoryRequestError: the template does not render messages in their order, or the tokenizer
+            knows neither of the texts that they are told apart by.
     """
     question: Message = {"role": "user", "content": "0"}
     answer: Message = {"role": "assistant", "content": "0"}
@@ -121,7 +123,10 @@ def _find_seam(
     if fresh:
         reference = render([*before, *other_fresh], add_generation_prompt=add_generation_prompt)
         fresh_text = common_prefix(prompt, reference)
+        _check_different(prompt, reference)
     changed = render([*other_before, *other_fresh], add_generation_prompt=add_generation_prompt)
+    if reread:
+        _check_different(reference, changed)
     text_end = len(reference) - _common_suffix(reference, changed)
     if text_end > fresh_text:
         raise MemoryRequestError(
@@ -135,6 +140,20 @@ def _find_seam(
     closing = _closing(render, before, other_before)
     closed = common_prefix(closing, prompt[text_end:fresh_text])
     return _Seam(text_end, text_end + closed)
+
+
+def _check_different(one: Sequence[int], other: Sequence[int]) -> None:
+    """Refuse a template or tokenizer that renders another text as the same tokens.
+
+    Raises:
+        MemoryRequestError: so texts cannot be found in a prompt.
+    """
+    if list(one) == list(other):
+        raise MemoryRequestError(
+            "this model renders messages of different texts as the same tokens, so what was "
+            "written before cannot be told from what was not. Leave `window` out, and send only "
+            "the new messages."
+        )
 
 
 def _closing(

@@ -310,3 +310,15 @@ def test_pending_tokens_and_the_next_turns_own_tokens_are_the_conversations(
     full = render(conversation, add_generation_prompt=True)
     following = full[split_boundary(render, [], conversation[:2], conversation[2:]) :]
     assert [*asked, *sampled[:-1], *pending, *following] == full
+
+
+def test_texts_that_the_tokenizer_cannot_tell_apart_are_refused() -> None:
+    known = {"user": 1, "assistant": 2}
+
+    def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        return [token for message in messages for token in (known[message["role"]], 0)]
+
+    with pytest.raises(MemoryRequestError, match="the same tokens"):
+        turn_terminator(render)
+    with pytest.raises(MemoryRequestError, match="the same tokens"):
+        split_boundary(render, (), [user("a")], [user("b")])
