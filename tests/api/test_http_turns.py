@@ -161,8 +161,7 @@ def test_the_state_is_that_of_exactly_the_kept_tokens(
 ) -> None:
     session = f"kept-{ending}-{stream}"
     prompts = [random_tokens(1, 40), random_tokens(2, 35), random_tokens(3, 3)]
-    fed: list[int] = []
-    pending: list[int] = []
+    state, pending, num_written = None, [], 0
     for number, prompt in enumerate(prompts, start=1):
         fields = memory(f"{session}-probe-{number}")
         greedy = complete(client, prompt, max_tokens=30, extra_body={"ignore_eos": True, **fields})
@@ -172,9 +171,12 @@ def test_the_state_is_that_of_exactly_the_kept_tokens(
         turn = complete(client, prompt, stream=stream, extra_body=extra, **ends)
         assert turn.prompt_ids == prompt
         assert turn.finish_reason == ("length" if len(turn.output_ids) in (5, 30) else "stop")
-        fed += [*pending, *prompt, *turn.output_ids[:-1]]
-        pending = turn.output_ids[-1:]
-        expected = oracle(fed)
+        # The turns before are there as a state only: their text is not in this one's context.
+        fed = [*pending, *prompt, *turn.output_ids[:-1]]
+        beyond = oracle([*fed, turn.output_ids[-1]], state=state)
+        expected = oracle(fed, state=state)
+        state, pending = expected.state, turn.output_ids[-1:]
+        num_written += len(fed)
         assert_states_close(committed(store, session), expected.state)
         record = versions(store, session)[0]
         assert record.content.pending_token_ids == tuple(pending)
@@ -183,16 +185,15 @@ def test_the_state_is_that_of_exactly_the_kept_tokens(
             "mode": "read_write",
             "version": number,
             "parent_version": number - 1,
-            "tokens_written": len(fed),
+            "tokens_written": num_written,
             "tokens_pending": 1,
             "tokens_ingested": 0,
             "prompt_tokens_saved": 0,
             "replayed": False,
         }
-    # One token more would show.
-    beyond = oracle([*fed, *pending])
-    gap = max((beyond.state[name] - expected.state[name]).abs().max() for name in expected.state)
-    assert gap > 1e-3
+        # One token more would show.
+        gap = max((beyond.state[name] - state[name]).abs().max() for name in state)
+        assert gap > 1e-3
 
 
 def test_read_only_turns_leave_every_bit(client: openai.OpenAI, store: SessionStore) -> None:
@@ -246,8 +247,11 @@ def test_concurrent_turns_of_one_session_form_one_chain(
     assert [turn.memory["version"] for turn in turns] == list(range(1, 33))
     records = versions(store, "chain")
     assert [record.parent_version for record in records] == list(range(31, -1, -1))
-    fed = [token for turn in turns for token in (*turn.prompt_ids, *turn.output_ids)][:-1]
-    assert_states_close(committed(store, "chain"), oracle(fed).state)
+    state, pending = None, []
+    for turn in turns:
+        fed = [*pending, *turn.prompt_ids, *turn.output_ids[:-1]]
+        state, pending = oracle(fed, state=state).state, turn.output_ids[-1:]
+    assert_states_close(committed(store, "chain"), state)
 
 
 def test_a_busy_session_is_waited_for_or_not(client: openai.OpenAI) -> None:
@@ -432,8 +436,8 @@ def test_a_full_history_is_written_once_and_shown_by_its_window(
         assert len(record.content.message_chain) == 2 * number + 2
         state, pending = answer.state, record.content.pending_token_ids
         history.append(choice.message.model_dump())
-    everything = length_of(history) + 5  # with what opens each answer, less what is pending
-    assert record.content.tokens_written == everything - 5 + 5 - len(pending)
+    # The last token is pending, and so are none of the system message.
+    assert record.content.tokens_written == length_of(history) - len(pending)
 
 
 def test_a_history_that_comes_late_is_ingested(
@@ -477,6 +481,7 @@ def test_a_changed_history_is_refused_forked_or_forgotten(client: openai.OpenAI)
         chat(client, edited, **memory("changed", window=window))
     assert refusal.value.response.headers["x-should-retry"] == "false"
     for choice, parent in (("fork", 1), ("reset", 0)):
+        edited[2] = {"role": "user", "content": said(91 + parent, 5)}
         reply = chat(client, edited, **memory("changed", window=window, on_divergence=choice))
         report = reply.model_extra["memory"]
         assert report["parent_version"] == parent
