@@ -1,11 +1,17 @@
 """Turns over HTTP: what they commit, once, in order, and to whom."""
 
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import openai
 import pytest
 
 from deltamem_vllm.sessions import SessionStore
+from tests.api.losing_proxy import LosingProxy
+from tests.api.server import MODEL, Server
 from tests.api.sessions_http import Ledger, Reply, ask, new_name, record_of
 from tests.helpers import random_tokens, word
 from tests.oracle import Oracle
@@ -81,3 +87,157 @@ def test_state_is_that_after_exactly_the_kept_tokens(
     assert second.memory is not None
     assert (second.memory["version"], second.memory["parent_version"]) == (2, 1)
     assert second.memory["tokens_written"] == ledger.tokens_written
+
+
+# Once
+
+
+def test_named_turn_is_answered_again_and_written_once(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    for stream in (False, True):
+        memory = {"session": new_name(), "turn": "t1"}
+        first = ask(client, COMPLETION, memory, stream=stream)
+        again = ask(client, COMPLETION, memory, stream=stream)
+        assert first.memory is not None
+        assert again == first._replace(memory={**first.memory, "replayed": True})
+        assert record_of(store, memory["session"]).version == 1
+        with pytest.raises(openai.UnprocessableEntityError):
+            ask(client, NEXT_COMPLETION, memory, stream=stream)
+        assert record_of(store, memory["session"]).version == 1
+
+
+def test_idempotency_key_names_a_turn(client: openai.OpenAI, store: SessionStore) -> None:
+    memory = {"session": new_name()}
+    headers = {"Idempotency-Key": "k1"}
+    first = ask(client, CHAT, memory, headers=headers)
+    again = ask(client, CHAT, memory, headers=headers)
+    assert again.text == first.text
+    assert again.memory is not None
+    assert again.memory["replayed"] is True
+    assert record_of(store, memory["session"]).version == 1
+    with pytest.raises(openai.BadRequestError, match="different turns"):
+        ask(client, CHAT, {**memory, "turn": "other"}, headers=headers)
+
+
+def test_retry_of_a_library_is_known_without_a_name(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    memory = {"session": new_name()}
+    first = ask(client, CHAT, memory)
+    again = ask(client, CHAT, memory, headers={"x-stainless-retry-count": "1"})
+    assert again.text == first.text
+    assert again.memory is not None
+    assert again.memory["replayed"] is True
+    assert record_of(store, memory["session"]).version == 1
+    on_purpose = ask(client, CHAT, memory)
+    assert on_purpose.memory is not None
+    assert (on_purpose.memory["replayed"], on_purpose.memory["version"]) == (False, 2)
+
+
+@pytest.mark.parametrize("prompt", [COMPLETION, CHAT], ids=["completion", "chat"])
+def test_reply_lost_on_its_way_is_given_again(
+    server: Server, store: SessionStore, prompt: Any
+) -> None:
+    session = new_name()
+    with LosingProxy(server.url) as proxy:
+        with openai.OpenAI(base_url=f"{proxy.url}/v1", api_key="none", timeout=60) as client:
+            reply = ask(client, prompt, {"session": session})
+        assert proxy.lost == 1
+    assert reply.memory is not None
+    assert (reply.memory["replayed"], reply.memory["version"]) == (True, 1)
+    assert record_of(store, session).version == 1
+
+
+# In order
+
+
+def test_concurrent_turns_form_one_chain(
+    client: openai.OpenAI, store: SessionStore, oracle: Oracle
+) -> None:
+    session, count = new_name(), 32
+
+    def turn(seed: int) -> Reply:
+        return ask(client, random_tokens(seed, 10), {"session": session}, max_tokens=4)
+
+    with ThreadPoolExecutor(count) as pool:
+        replies = list(pool.map(turn, range(count)))
+    by_version = {reply.memory["version"]: reply for reply in replies if reply.memory}
+    assert sorted(by_version) == list(range(1, count + 1))
+    ledger = Ledger(oracle)
+    for version in range(1, count + 1):
+        ledger.turn(by_version[version])
+        record = record_of(store, session, version)
+        assert record.parent_version == version - 1
+        ledger.check(record)
+
+
+@contextmanager
+def running_turn(client: openai.OpenAI, session: str) -> Iterator[None]:
+    """A long turn that runs on a session; broken off at the end."""
+    with client.completions.create(
+        model=MODEL,
+        prompt=COMPLETION,
+        max_tokens=200,
+        stream=True,
+        extra_body={"memory": {"session": session}, "ignore_eos": True},
+    ) as events:
+        next(iter(events))
+        yield
+
+
+def test_busy_session_is_refused_or_read_as_asked(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    session = new_name()
+    ask(client, COMPLETION, {"session": session})
+    before = record_of(store, session)
+    with running_turn(client, session):
+        for busy in ({"on_busy": "conflict"}, {"max_wait": 0}):
+            with pytest.raises(openai.ConflictError, match="another turn runs"):
+                ask(client, COMPLETION, {"session": session, **busy})
+        reply = ask(client, COMPLETION, {"session": session, "mode": "read_only"}, max_tokens=1)
+        assert reply.memory is not None
+        assert (reply.memory["mode"], reply.memory["version"]) == ("read_only", 1)
+        (info,) = store.list_sessions("public", prefix=session).sessions
+        assert info.leased
+    assert record_of(store, session) == before
+
+
+def test_disconnected_stream_commits_nothing_and_frees_its_session(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    session = new_name()
+    with running_turn(client, session):
+        pass
+    began = time.monotonic()
+    reply = ask(client, COMPLETION, {"session": session})
+    assert time.monotonic() - began < 10
+    assert reply.memory is not None
+    assert (reply.memory["version"], reply.memory["parent_version"]) == (1, 0)
+
+
+def test_more_turns_than_the_queue_takes_are_refused(client: openai.OpenAI) -> None:
+    session = new_name()
+
+    def status(_: int) -> int:
+        try:
+            ask(client, COMPLETION, {"session": session, "max_wait": 1})
+        except openai.APIStatusError as error:
+            return error.status_code
+        return 200
+
+    with running_turn(client, session), ThreadPoolExecutor(40) as pool:
+        statuses = list(pool.map(status, range(40)))
+    assert 429 in statuses
+    assert set(statuses) <= {200, 409, 429}
+
+
+def test_other_version_than_asked_is_a_conflict(client: openai.OpenAI, store: SessionStore) -> None:
+    session = new_name()
+    ask(client, COMPLETION, {"session": session, "version": 0})
+    with pytest.raises(openai.ConflictError, match="is at version 1, not 0"):
+        ask(client, COMPLETION, {"session": session, "version": 0})
+    with pytest.raises(openai.NotFoundError):
+        ask(client, COMPLETION, {"session": session, "mode": "read_only", "version": 7})
+    assert record_of(store, session).version == 1
