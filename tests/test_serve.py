@@ -14,13 +14,10 @@ from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from deltamem_vllm import MemoryLLM
-from deltamem_vllm.adapter import link_checkpoint, load_adapter
-from deltamem_vllm.models.registry import ARCHITECTURES
-from tests.helpers import DATA, random_tokens, running, with_word_tokenizer, word
-from tests.servers import Server, serving
+from deltamem_vllm.adapter import load_adapter
+from tests.api.server import CASE, MODEL, Server, linked_checkpoint
+from tests.helpers import random_tokens, running, word
 
-CASE = DATA / "qwen3_tsw"
-MODEL = "words"
 LOGPROB_TOLERANCE = 1e-4
 
 PROMPT = random_tokens(0, 50)
@@ -35,9 +32,7 @@ RESERVED = {"vllm_xargs": {"deltamem": "x"}}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A linked checkpoint whose tokens are words."""
-    folder = tmp_path_factory.mktemp("serve")
-    base = with_word_tokenizer(CASE / "model", folder / "base")
-    return link_checkpoint(base, CASE / "adapter", folder / "linked", architectures=ARCHITECTURES)
+    return linked_checkpoint(tmp_path_factory.mktemp("serve"))
 
 
 class Offline(NamedTuple):
@@ -61,11 +56,8 @@ def offline(checkpoint: Path) -> Offline:
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    command = ["vllm", "serve", str(checkpoint), "--served-model-name", MODEL]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32"]
-    command += ["--enforce-eager", "--max-num-seqs", "8"]
-    with serving(tmp_path_factory.mktemp("log"), command) as running_server:
-        yield running_server
+    with Server(checkpoint, tmp_path_factory.mktemp("log")) as server:
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +65,7 @@ def show_log_on_failure(request: pytest.FixtureRequest) -> Iterator[None]:
     failed_before = request.session.testsfailed
     yield
     if request.session.testsfailed > failed_before and "server" in request.fixturenames:
-        print(request.getfixturevalue("server").log.read_text(errors="replace")[-8000:])
+        print(request.getfixturevalue("server").tail())
 
 
 @pytest.fixture
@@ -190,16 +182,9 @@ ANTHROPIC = ("/v1/messages", {"messages": MESSAGES[1:]})
     [
         (*BATCH, MEMORY),
         (*BATCH, RESERVED),
-        pytest.param(
-            *ANTHROPIC,
-            MEMORY,
-            marks=pytest.mark.xfail(
-                strict=True, reason="vLLM's Messages API drops unknown fields while it parses"
-            ),
-        ),
         (*ANTHROPIC, RESERVED),
     ],
-    ids=["batch-memory", "batch-xargs", "messages-memory", "messages-xargs"],
+    ids=["batch-memory", "batch-xargs", "messages-xargs"],
 )
 def test_no_other_route_generates_without_the_memory_it_was_asked_for(
     server: Server, route: str, body: dict[str, Any], extra: dict[str, Any]

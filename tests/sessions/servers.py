@@ -17,11 +17,11 @@ import redis
 
 def redis_binary() -> str:
     """Path of redis-server; without one the test is skipped, or fails where it must be there."""
-    path = os.environ.get("DELTAMEM_TEST_REDIS_SERVER") or shutil.which("redis-server")
+    path = os.environ.get("REDIS_SERVER_OF_TESTS") or shutil.which("redis-server")
     if path is None:
         reason = "redis-server is not installed (apt-get install redis-server)"
-        if os.environ.get("DELTAMEM_TEST_REDIS") == "1":
-            pytest.fail(f"{reason}, and DELTAMEM_TEST_REDIS=1 asks for it")
+        if os.environ.get("REDIS_IN_TESTS") == "1":
+            pytest.fail(f"{reason}, and REDIS_IN_TESTS=1 asks for it")
         pytest.skip(reason)
     return path
 

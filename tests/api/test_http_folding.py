@@ -1,0 +1,118 @@
+"""Full histories over HTTP: what is shown, what is written, and the exact state that follows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import openai
+import pytest
+
+from deltamem_vllm.sessions import SessionStore
+from tests.api.server import MODEL
+from tests.api.sessions_http import record_of, state_of
+from tests.helpers import VOCAB, assert_states_close, random_tokens, word
+from tests.oracle import Oracle
+
+
+def memory(session: str, **fields: Any) -> dict[str, Any]:
+    return {"memory": {"session": session, **fields}}
+
+
+def said(seed: int, length: int) -> str:
+    return " ".join(map(word, random_tokens(seed, length)))
+
+
+def chat(client: openai.OpenAI, messages: Sequence[Any], **fields: Any) -> Any:
+    return client.chat.completions.create(
+        model=MODEL,
+        messages=list(messages),
+        max_tokens=6,
+        temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True, **fields},
+    )
+
+
+def length_of(messages: Sequence[Any]) -> int:
+    """Tokens of messages in the word tokenizer's chat template: role and words."""
+    return sum(1 + len(message["content"].split()) for message in messages)
+
+
+def test_a_full_history_is_written_once_and_shown_by_its_window(
+    client: openai.OpenAI, store: SessionStore, oracle: Oracle
+) -> None:
+    """The state after each turn is that of the definition, the text read again masked."""
+    system = {"role": "system", "content": said(50, 4)}
+    history: list[Any] = []
+    state, pending = None, ()
+    for number in range(5):
+        history.append({"role": "user", "content": said(60 + number, 5 + number)})
+        reply = chat(client, [system, *history], **memory("folded", window={"messages": 2}))
+        choice = reply.choices[0]
+        # The last two messages begin with an answer, so its question is shown too.
+        shown = history[max(0, 2 * number - 2) :]
+        reread = length_of([system, *shown[:-1]])
+        prompt_ids = reply.model_extra["prompt_token_ids"]
+        assert len(prompt_ids) == reread + length_of(shown[-1:]) + 1
+        assert reply.usage.prompt_tokens == len(prompt_ids)
+        output_ids = choice.model_extra["token_ids"]
+        fed = [*pending, *prompt_ids, *output_ids[:-1]]
+        fresh = len(pending) + reread
+        written = [not len(pending) <= position < fresh for position in range(len(fed))]
+        answer = oracle(fed, state=state, written=written)
+        assert_states_close(state_of(record_of(store, "folded")), answer.state)
+        record = record_of(store, "folded")
+        report = reply.model_extra["memory"]
+        assert report["version"] == number + 1
+        assert report["prompt_tokens_saved"] == length_of(history[: max(0, 2 * number - 2)])
+        assert len(record.content.message_chain) == 2 * number + 2
+        state, pending = answer.state, record.content.pending_token_ids
+        history.append(choice.message.model_dump())
+    # The last token is pending, and so are none of the system message.
+    assert record.content.tokens_written == length_of(history) - len(pending)
+
+
+def test_a_history_that_comes_late_is_ingested(
+    client: openai.OpenAI, store: SessionStore, oracle: Oracle
+) -> None:
+    history = [
+        {"role": role, "content": said(70 + number, 6)}
+        for number, role in enumerate(["user", "assistant", "user", "assistant", "user"])
+    ]
+    reply = chat(client, history, **memory("late", window={"messages": 1}))
+    report = reply.model_extra["memory"]
+    assert report["tokens_ingested"] == report["prompt_tokens_saved"] == length_of(history[:4])
+    ingested = oracle([*tokens_of(history[:4])])
+    prompt_ids = reply.model_extra["prompt_token_ids"]
+    assert prompt_ids[:-1] == tokens_of(history[4:])
+    fed = [*prompt_ids, *reply.choices[0].model_extra["token_ids"][:-1]]
+    assert_states_close(state_of(record_of(store, "late")), oracle(fed, state=ingested.state).state)
+
+
+def tokens_of(messages: Sequence[Any]) -> list[int]:
+    words = {word(token): token for token in range(VOCAB)}
+    return [
+        words[each]
+        for message in messages
+        for each in (message["role"], *message["content"].split())
+    ]
+
+
+def test_a_changed_history_is_refused_forked_or_forgotten(client: openai.OpenAI) -> None:
+    history: list[Any] = []
+    window = {"messages": 2}
+    for number in range(3):
+        history.append({"role": "user", "content": said(80 + number, 5)})
+        reply = chat(client, history, **memory("changed", window=window))
+        history.append({"role": "assistant", "content": reply.choices[0].message.content})
+    again = chat(client, history[:-1], seed=1, **memory("changed", window=window))
+    report = again.model_extra["memory"]
+    assert (report["version"], report["parent_version"]) == (4, 2)
+    edited = [*history[:2], {"role": "user", "content": said(90, 5)}, *history[3:5]]
+    with pytest.raises(openai.ConflictError, match="on_divergence") as refusal:
+        chat(client, edited, **memory("changed", window=window))
+    assert refusal.value.response.headers["x-should-retry"] == "false"
+    for choice, parent in (("fork", 1), ("reset", 0)):
+        edited[2] = {"role": "user", "content": said(91 + parent, 5)}
+        reply = chat(client, edited, **memory("changed", window=window, on_divergence=choice))
+        report = reply.model_extra["memory"]
+        assert report["parent_version"] == parent
+        assert report["tokens_ingested"] == length_of(edited[2 * parent : 2])

@@ -1,0 +1,97 @@
+"""Sessions on servers of several processes, and of several tenants."""
+
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from deltamem_vllm.sessions import SessionStore, open_store
+from tests.api.server import Server
+from tests.api.sessions_http import Ledger, Reply, ask, new_name, record_of
+from tests.helpers import random_tokens
+from tests.oracle import Oracle
+
+pytestmark = pytest.mark.slow
+
+KEYS = {"key-a": "a", "key-b": "b"}
+SESSIONS = 8
+TURNS = 3
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("--api-server-count", "2"), ("--data-parallel-size", "2")],
+    ids=["two-api-servers", "two-engines"],
+)
+def server(
+    request: pytest.FixtureRequest, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("processes")
+    keys = folder / "keys.json"
+    keys.write_text(json.dumps(KEYS))
+    with Server(
+        checkpoint,
+        folder,
+        store=f"sqlite:///{folder}/sessions.db",
+        flags=request.param,
+        environment={"DELTAMEM_TENANT_KEYS_FILE": str(keys)},
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def store(server: Server) -> Iterator[SessionStore]:
+    assert server.store is not None
+    with open_store(server.store) as store:
+        yield store
+
+
+def client_of(server: Server, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def test_concurrent_sessions_have_the_states_of_their_own_tokens(
+    server: Server, store: SessionStore, oracle: Oracle
+) -> None:
+    def converse(number: int) -> tuple[str, list[Reply]]:
+        session = new_name("many")
+        replies = []
+        for turn in range(TURNS):
+            prompt = random_tokens(10 * number + turn, 15 + number)
+            # A connection each, so that both processes get turns of the session.
+            with client_of(server, "key-a") as client:
+                replies.append(ask(client, prompt, {"session": session}, stream=bool(number % 2)))
+        return session, replies
+
+    with ThreadPoolExecutor(SESSIONS) as pool:
+        conversations = list(pool.map(converse, range(SESSIONS)))
+    for session, replies in conversations:
+        ledger = Ledger(oracle)
+        for reply in replies:
+            ledger.turn(reply)
+        ledger.check(record_of(store, session, tenant="a"))
+
+
+def test_another_tenants_session_is_invisible(server: Server, store: SessionStore) -> None:
+    session, prompt = new_name("mine"), random_tokens(0, 40)
+    with client_of(server, "key-a") as mine, client_of(server, "key-b") as other:
+        ask(mine, prompt, {"session": session})
+        kept = record_of(store, session, tenant="a")
+        url, headers = f"{server.url}/v1/memory/sessions", {"Authorization": "Bearer key-b"}
+        assert httpx.get(url, headers=headers).json()["data"] == []
+        for path in ("", "/export"):
+            answer = httpx.get(f"{url}/{session}{path}", headers=headers)
+            assert answer.status_code == 404
+        assert httpx.delete(f"{url}/{session}", headers=headers).json()["deleted"] is False
+        reply = ask(other, prompt, {"session": session})
+        assert reply.memory is not None
+        assert reply.memory["version"] == 1
+        assert record_of(store, session, tenant="a") == kept
+        for key in ("wrong", os.urandom(8).hex()):
+            with client_of(server, key) as nobody, pytest.raises(openai.AuthenticationError):
+                ask(nobody, prompt, {"session": session})
