@@ -260,6 +260,8 @@ class Conversations:
                 answer = client.completions.create(**request, extra_headers=headers)
                 ack = read_answer(turn, request["stream"], answer)
                 break
+            except openai.BadRequestError:
+                raise
             except (openai.APIError, httpx.HTTPError, IncompleteError):
                 # What the client sends when it tries again by itself, once more.
                 headers = {"x-stainless-retry-count": "1"}
@@ -412,9 +414,12 @@ def measure(
             enough = seconds is None or passed + passed / len(samples) > seconds
             if len(samples) >= kills and enough:
                 break
-    finally:
+    except BaseException:
+        progress.print(f"what happened, and the server's log, lie in {folder}")
         server.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    server.stop()
+    shutil.rmtree(folder, ignore_errors=True)
     return samples, {
         "kills": len(samples),
         "acknowledged_turns": sum(map(len, talks.acks.values())),
