@@ -360,7 +360,8 @@ def bound(state: torch.Tensor) -> float:
 def run_round(server: Server, talks: Conversations, target: str) -> float:
     """Kill once, start again, and return the seconds of recovery."""
     with talks.running():
-        time.sleep(random.uniform(0.5, 2.0))
+        talks.wait_for_all(time.monotonic())
+        time.sleep(random.uniform(0.0, 3.0))
         began = time.monotonic()
         if target == "group":
             server.kill_group()
