@@ -63,6 +63,8 @@ SETTLE_TIMEOUT_S = 300
 TOLERANCE = 1e-5
 QUICK_SECONDS = 300
 QUICK_KILLS = 5
+NOBODY = "nobody"
+"""Target of a run without kills, which only talks and audits."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +365,8 @@ def run_round(server: Server, talks: Conversations, target: str) -> float:
         talks.wait_for_all(time.monotonic())
         time.sleep(random.uniform(0.0, 3.0))
         began = time.monotonic()
+        if target == NOBODY:
+            return talks.wait_for_all(began)
         if target == "group":
             server.kill_group()
         elif target == "engine":
@@ -406,7 +410,7 @@ def measure(
         server.start()
         talks = Conversations(server.port)
         auditor = Auditor(server.url)
-        for target in targets(store):
+        for target in targets(store) if kills else [NOBODY]:
             recovery = run_round(server, talks, target)
             verdict = auditor.audit(talks.acks)
             samples.append({"target": target, "recovery_s": recovery, **vars(verdict)})
@@ -422,7 +426,7 @@ def measure(
     server.stop()
     shutil.rmtree(folder, ignore_errors=True)
     return samples, {
-        "kills": len(samples),
+        "kills": sum(sample["target"] != NOBODY for sample in samples),
         "acknowledged_turns": sum(map(len, talks.acks.values())),
         # Each audit looks at all answered turns, so the last one knows of all that is lost.
         "lost_turns": samples[-1]["lost"],
@@ -463,7 +467,9 @@ def engine_pid(server: int) -> int:
 def main() -> None:
     """Run from the command line; ends with 1 if a turn was lost, doubled or wrong."""
     arguments = parse()
-    kills = arguments.kills or (QUICK_KILLS if arguments.quick else 200)
+    kills = arguments.kills
+    if kills is None:
+        kills = QUICK_KILLS if arguments.quick else 200
     limited = arguments.quick and arguments.kills is None
     settings = {"store": arguments.store, "mutant": arguments.mutant, "quick": arguments.quick}
     where = environment(**settings)
@@ -483,7 +489,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     """The command line."""
     result = parser(__doc__)
-    result.add_argument("--kills", type=int, help="how often; 200 by default")
+    result.add_argument("--kills", type=int, help="how often; 200 by default, 0 only talks")
     result.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
     result.add_argument("--mutant", choices=MUTANTS, help="break the SQLite store on purpose")
     return result.parse_args()
