@@ -466,6 +466,11 @@ def _check(memory: Memory | None, params: SamplingParams) -> None:
         raise MemoryRequestError(
             f"{ARGS_KEY!r} in extra_args is reserved: give the request's memory through `memory`."
         )
+    if memory is not None and (further := memory.model_fields_set - {"session", "mode"}):
+        raise MemoryRequestError(
+            f"memory: {', '.join(sorted(further))} belongs to sessions of a server (`deltamem "
+            "serve`); MemoryLLM knows session and mode."
+        )
     if memory is not None and memory.mode == "read_write" and (params.n or 1) > 1:
         raise MemoryRequestError(
             f"n={params.n} with read_write memory: a session has one future. Use n=1 or read_only."

@@ -579,6 +579,8 @@ def test_snapshot_of_another_shape_is_refused(llm: MemoryLLM, spoil: Any, words:
         ("a", None, ["must be a Memory or None, not str"]),
         (None, {"max_tokens": 1}, ["must be SamplingParams, not dict"]),
         (Memory(session="a"), SamplingParams(n=2), ["n=2", "read_write", "read_only"]),
+        (Memory(session="a", turn="t"), None, ["turn belongs to sessions of a server"]),
+        (Memory(session="a", version=0, ttl=9), None, ["ttl, version belongs to", "a server"]),
         (None, BeamSearchParams(beam_width=2, max_tokens=1), ["BeamSearchParams", "beam_search"]),
         ([None, OFF], SamplingParams(extra_args={"deltamem": "x"}), ["'deltamem'", "reserved"]),
         ([None, OFF], SamplingParams(extra_args={"deltamem": b"x"}), ["'deltamem'", "reserved"]),
