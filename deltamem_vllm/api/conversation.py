@@ -6,6 +6,7 @@ Completions and chats without a window take the prompt as it is. With a window t
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,9 +16,10 @@ from deltamem_vllm.api.folding import FoldPlan, plan_fold
 from deltamem_vllm.api.messages import CHAIN_ROLES, Message, hash_message, role_of
 from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest
 from deltamem_vllm.api.service import MemoryService
-from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import SessionKey, SessionRecord
+
+logger = logging.getLogger(__name__)
 
 GenerationRequest = MemoryChatRequest | MemoryCompletionRequest
 
@@ -209,7 +211,10 @@ class Conversations:
             bare = request.model_copy(update={"tools": None, "tool_choice": "none"})
             try:
                 terminator = await asyncio.to_thread(turn_terminator, self._render(bare))
-            except MemoryRequestError:
+            # A template refuses conversations that it was not made for each in its own way. The
+            # turn has its answer by now, and is not to be lost for that.
+            except Exception as error:
+                logger.warning("delta-mem: what ends a turn cannot be told: %s", error)
                 terminator = ()
             if len(self._terminators) >= TEMPLATES_KNOWN:
                 self._terminators.clear()

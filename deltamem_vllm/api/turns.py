@@ -106,15 +106,17 @@ class SessionTurns:
         """What a turn that only reads finds: the current version, or exactly `version`.
 
         Returns:
-            None for an absent session, of which version 0 may be asked for.
+            None for the empty memory: of an absent session, and of version 0.
 
         Raises:
             SessionNotFoundError: no such version.
         """
+        if version == 0:
+            return None
         try:
-            return await self.call(self.store.get, key, version or None)
+            return await self.call(self.store.get, key, version)
         except SessionNotFoundError:
-            if version:
+            if version is not None:
                 raise
             return None
 

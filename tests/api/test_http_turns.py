@@ -241,3 +241,22 @@ def test_other_version_than_asked_is_a_conflict(client: openai.OpenAI, store: Se
     with pytest.raises(openai.NotFoundError):
         ask(client, COMPLETION, {"session": session, "mode": "read_only", "version": 7})
     assert record_of(store, session).version == 1
+
+
+def test_read_only_reads_exactly_the_version_asked_for(client: openai.OpenAI) -> None:
+    """Version 0 is the empty memory, whether the session exists or not."""
+    session, absent = new_name(), new_name()
+    answers = {}
+    for version in range(3):
+        if version:
+            ask(client, random_tokens(200 + version, 60), {"session": session})
+        asked = {"session": session, "mode": "read_only"}
+        answers[version] = ask(client, COMPLETION, asked, max_tokens=12).token_ids
+    assert len(set(map(tuple, answers.values()))) == 3
+    for version, token_ids in answers.items():
+        asked = {"session": session, "mode": "read_only", "version": version}
+        reply = ask(client, COMPLETION, asked, max_tokens=12)
+        assert reply.token_ids == token_ids
+        assert reply.memory is not None and reply.memory["version"] == version
+    empty = ask(client, COMPLETION, {"session": absent, "mode": "read_only"}, max_tokens=12)
+    assert empty.token_ids == answers[0]
