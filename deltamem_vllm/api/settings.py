@@ -100,9 +100,6 @@ class ServerSettings(BaseSettings):
     sweep_seconds: Seconds = 60.0
     """How often expired sessions, replies and ingests are removed."""
 
-    usage_log: bool = False
-    """Write one log line per request with its tenant, session and tokens, to attribute costs."""
-
     tenant_keys_file: Path | None = None
     """JSON object from API key to tenant. A key may be given as `sha256:` and the 64 hexadecimal
     digits of its digest; several keys may name one tenant; the tenant `*` marks a gateway's key,
