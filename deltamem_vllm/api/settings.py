@@ -231,8 +231,6 @@ def _shown(default: object) -> str:
     match default:
         case None | SecretStr():
             return "-"
-        case bool():
-            return f"`{str(default).lower()}`"
         case float():
             return f"`{default:g}`"
         case _:
