@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final
 
 from fastapi import Request, Response
@@ -67,7 +68,7 @@ class _Asked:
         """Whether the client sends it again by itself, and may not know that it was answered."""
         return self.raw.headers.get(RETRY_HEADER, "0") not in ("", "0")
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         """Of everything that makes the answer."""
         memory = {name: value for name, value in self.body["memory"].items() if name not in WAITING}
@@ -310,13 +311,15 @@ class Generation:
         client that sends its history again asks the same thing only if it got no answer; others do
         so on purpose, unless their library says that it tries again.
         """
+        version = None
         if name is not None:
             kept_as = f"key:{name}"
         elif turn.current is not None and (asked.memory.window is not None or asked.is_retry):
             kept_as = _automatic_name(turn.current.parent_version, asked.hash)
+            version = turn.current.version
         else:
             return None
-        return await self._service.turns.find_reply(turn, kept_as, asked.hash)
+        return await self._service.turns.find_reply(turn, kept_as, asked.hash, version)
 
     def _repeat(self, asked: _Asked, reply: KeptReply) -> Response:
         chunks = replies.replayed(reply)
@@ -368,7 +371,14 @@ def _refuse(request: GenerationRequest) -> None:
     assert memory is not None
     if getattr(request, "kv_transfer_params", None):
         raise MemoryRequestError("kv_transfer_params cannot be combined with memory. Leave it out.")
+    if request.use_beam_search and request.stream:
+        raise MemoryRequestError("memory cannot be combined with beam search in a stream.")
     if memory.writes:
+        if request.max_tokens == 0:
+            raise MemoryRequestError(
+                "max_tokens=0 with read_write memory: to write without generating, use the ingest "
+                "route."
+            )
         if (request.n or 1) > 1:
             raise MemoryRequestError(
                 f"n={request.n} with read_write memory: a session has one future. Use n=1 or "

@@ -88,11 +88,12 @@ class ForeignRoutes:
 def _has_json(scope: Scope) -> bool:
     if scope["type"] != "http" or scope["method"] != "POST":
         return False
-    return "json" in Headers(scope=scope).get("content-type", "")
+    return "json" in Headers(scope=scope).get("content-type", "").lower()
 
 
 def _problem_of(body: bytes, path: str) -> str | None:
-    if MEMORY_FIELD.encode() not in body and ARGS_KEY.encode() not in body:
+    # Names may be written with escapes.
+    if not any(part in body for part in (MEMORY_FIELD.encode(), ARGS_KEY.encode(), b"\\u")):
         return None
     try:
         asked = json.loads(body)

@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final
 
 from fastapi import Request, Response
@@ -36,7 +37,7 @@ class _Job:
     lora: Any
     raw: Request
 
-    @property
+    @cached_property
     def hash(self) -> bytes:
         """Of what is to be written, and how."""
         asked = self.body.model_dump(include={*SOURCES, "segment_tokens"})

@@ -48,7 +48,7 @@ class TurnQueue:
             QueueFullError: too many wait already.
         """
         line = self._lines.setdefault(key, _Line())
-        if line.lock.locked():
+        if line.lock.locked() or line.waiting:
             is_repeat = turn_name is not None and turn_name == line.turn_name
             if not (wait or is_repeat):
                 raise busy(key)

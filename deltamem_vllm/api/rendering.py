@@ -1,5 +1,6 @@
 """Messages as tokens, by vLLM's own renderer, exactly as its chat handler renders them."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -54,7 +55,10 @@ class ChatRenderer:
             max_total_tokens=None, add_special_tokens=request.add_special_tokens
         )
         _, (prompt,) = await online.renderer.render_chat_async(
-            [[dict(message) for message in messages]], chat_params, tok_params
+            # Copied wholly: vLLM parses the arguments of tool calls in place.
+            [copy.deepcopy(list(messages))],
+            chat_params,
+            tok_params,
         )
         return list(prompt["prompt_token_ids"])
 

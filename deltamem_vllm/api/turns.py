@@ -153,16 +153,22 @@ class SessionTurns:
         return turn
 
     async def find_reply(
-        self, turn: WritingTurn, name: str, request_hash: bytes
+        self, turn: WritingTurn, name: str, request_hash: bytes, version: int | None = None
     ) -> KeptReply | None:
         """The kept answer of an earlier run of this turn, under the name it was kept.
+
+        Args:
+            turn: holds the session.
+            name: the answer's.
+            request_hash: of what is asked now.
+            version: only an answer that made this version counts; None: any.
 
         Raises:
             TurnMismatchError: a turn of that name asked for something else.
             ConflictError: its answer was too large to keep.
         """
         kept = await self.call(self.store.find_reply, turn.lease.key, name)
-        if kept is None:
+        if kept is None or version not in (None, kept.version):
             return None
         if kept.request_hash != request_hash:
             raise TurnMismatchError(

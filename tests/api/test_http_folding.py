@@ -21,12 +21,15 @@ def said(seed: int, length: int) -> str:
     return " ".join(map(word, random_tokens(seed, length)))
 
 
-def chat(client: openai.OpenAI, messages: Sequence[Any], **fields: Any) -> Any:
+def chat(
+    client: openai.OpenAI, messages: Sequence[Any], seed: int | None = None, **fields: Any
+) -> Any:
     return client.chat.completions.create(
         model=MODEL,
         messages=list(messages),
         max_tokens=6,
         temperature=0,
+        seed=seed,
         extra_body={"return_token_ids": True, "ignore_eos": True, **fields},
     )
 
@@ -116,3 +119,35 @@ def test_a_changed_history_is_refused_forked_or_forgotten(client: openai.OpenAI)
         report = reply.model_extra["memory"]
         assert report["parent_version"] == parent
         assert report["tokens_ingested"] == length_of(edited[2 * parent : 2])
+
+
+def test_a_history_with_tool_calls_is_folded_and_its_repeat_is_known(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    call = {"id": "c1", "type": "function"}
+    call["function"] = {"name": "look", "arguments": '{"at": "w10"}'}
+    history = [
+        {"role": "user", "content": said(95, 5)},
+        {"role": "assistant", "content": "w11", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "w12"},
+        {"role": "assistant", "content": "w13"},
+        {"role": "user", "content": said(96, 5)},
+    ]
+    for messages in (2, 9):  # the call is written before, or shown
+        fields = memory(f"tools-{messages}", window={"messages": messages})
+        first, again = (chat(client, history, **fields).model_extra["memory"] for _ in range(2))
+        assert (first["version"], first["replayed"]) == (1, False)
+        assert (again["version"], again["replayed"]) == (1, True)
+
+
+def test_a_reply_of_another_version_is_not_given_again(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    """A regenerated reply took the place of the first, so asking the first again is a new turn."""
+    history = [{"role": "user", "content": said(97, 5)}]
+    fields = memory("again", window={"messages": 2})
+    made = []
+    for seed in (1, 2, 1, 1):
+        report = chat(client, history, seed=seed, **fields).model_extra["memory"]
+        made.append((report["version"], report["replayed"]))
+    assert made == [(1, False), (2, False), (3, False), (3, True)]
