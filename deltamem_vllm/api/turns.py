@@ -65,6 +65,8 @@ class WritingTurn:
     """The session's kept versions, newest first."""
 
     is_open: bool = True
+    committing: "asyncio.Future[SessionRecord] | None" = None
+    """A commit that was begun; it is carried through whatever happens to the request."""
 
     @property
     def current(self) -> SessionRecord | None:
@@ -199,7 +201,7 @@ class SessionTurns:
             ConflictError, QuotaError, TooLargeError, StoreError: nothing was written, but see
                 `StoreUnavailableError`.
         """
-        record = await _carried_through(
+        turn.committing = asyncio.ensure_future(
             self.call(
                 self.store.commit,
                 turn.lease,
@@ -211,6 +213,7 @@ class SessionTurns:
                 release=True,
             )
         )
+        record = await asyncio.shield(turn.committing)
         self._keeper.forget(turn.lease)
         if turn.is_open:
             turn.is_open = False
@@ -223,6 +226,9 @@ class SessionTurns:
             return
         turn.is_open = False
         try:
+            if turn.committing is not None:
+                # The next turn must find what this one wrote.
+                await asyncio.wait([turn.committing])
             await _carried_through(self.call(self._keeper.release, turn.lease))
         except StoreError as error:
             logger.warning("delta-mem: a lease was not given back and runs out: %s", error)
