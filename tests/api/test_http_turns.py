@@ -217,22 +217,6 @@ def test_disconnected_stream_commits_nothing_and_frees_its_session(
     assert (reply.memory["version"], reply.memory["parent_version"]) == (1, 0)
 
 
-def test_more_turns_than_the_queue_takes_are_refused(client: openai.OpenAI) -> None:
-    session = new_name()
-
-    def status(_: int) -> int:
-        try:
-            ask(client, COMPLETION, {"session": session, "max_wait": 1})
-        except openai.APIStatusError as error:
-            return error.status_code
-        return 200
-
-    with running_turn(client, session), ThreadPoolExecutor(40) as pool:
-        statuses = list(pool.map(status, range(40)))
-    assert 429 in statuses
-    assert set(statuses) <= {200, 409, 429}
-
-
 def test_other_version_than_asked_is_a_conflict(client: openai.OpenAI, store: SessionStore) -> None:
     session = new_name()
     ask(client, COMPLETION, {"session": session, "version": 0})
