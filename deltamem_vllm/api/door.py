@@ -13,6 +13,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.states import FinalState, StateCollector
 from deltamem_vllm.engine.turn import BROKEN_OFF, REPLAYS, Start
 from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
@@ -36,6 +37,10 @@ class EngineTurn:
         self.state: bytes | None = None
         """After all tokens but the last, which is not fed; None unless the turn writes."""
 
+        self.num_shown = 0
+        """Prompt tokens as the client counts them: without pending ones."""
+
+        self.num_generated = 0
         self.is_bound = False
 
     @property
@@ -86,7 +91,8 @@ class EngineDoor:
         start = turn.start
         if start.args.ticket is None:
             params = start.params(sampling_params)
-            return _watched(self._generate(prompt, params, request_id, **kwargs), turn)
+            outputs = self._generate(prompt, params, request_id, **kwargs)
+            return _watched(outputs, turn, params.output_kind)
         if turn.is_bound:
             raise MemoryRequestError(
                 "a turn that writes its session has one prompt. Send one request for each."
@@ -94,6 +100,7 @@ class EngineDoor:
         turn.is_bound = True
         prompt = start.prompt(prompt)
         turn.prompt_ids = prompt["prompt_token_ids"]
+        turn.num_shown = len(turn.prompt_ids) - len(start.pending)
         params = start.params(sampling_params)
         if (params.n or 1) > 1:
             raise MemoryRequestError(
@@ -137,6 +144,7 @@ class EngineDoor:
                 if not is_delta:
                     turn.output_ids.clear()
                 turn.output_ids.extend(completion.token_ids)
+                turn.num_generated = len(turn.output_ids)
                 if completion.finish_reason is not None:
                     turn.broken_off = completion.finish_reason in BROKEN_OFF
                     if not turn.broken_off:
@@ -155,10 +163,12 @@ class EngineDoor:
 
         That is so if the engine ran on past a stop string, or the request was preempted at its end.
         """
-        final = await self._collector.take(turn.start.ticket)
+        with metrics.FINAL_STATE.time():
+            final = await self._collector.take(turn.start.ticket)
         if _is_after(final, turn.num_fed):
             assert final.state is not None
             return final.state
+        metrics.REBUILDS.inc()
         tokens = [*turn.prompt_ids, *turn.output_ids][: turn.num_fed]
         return await self._feed(turn.start, {**prompt, "prompt_token_ids": tokens}, kwargs)
 
@@ -191,8 +201,19 @@ def _is_after(final: FinalState, num_tokens: int) -> bool:
     return final.state is not None and final.num_tokens == num_tokens
 
 
-async def _watched(outputs: AsyncIterator[Any], turn: EngineTurn) -> AsyncIterator[Any]:
+async def _watched(
+    outputs: AsyncIterator[Any], turn: EngineTurn, kind: RequestOutputKind
+) -> AsyncIterator[Any]:
+    """The outputs of one of a reading turn's requests; there may be several at once."""
+    shown = generated = 0
     async for output in outputs:
+        num_shown = len(output.prompt_token_ids or ())
+        num_generated = sum(len(completion.token_ids) for completion in output.outputs)
+        if kind == RequestOutputKind.DELTA:
+            num_generated += generated
+        turn.num_shown += num_shown - shown
+        turn.num_generated += num_generated - generated
+        shown, generated = num_shown, num_generated
         if output.finished:
             turn.finished = True
         yield output

@@ -21,8 +21,9 @@ from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService
-from deltamem_vllm.api.streams import TurnStream
+from deltamem_vllm.api.streams import TurnStream, UsageStream
 from deltamem_vllm.api.turns import KeptReply, WritingTurn
+from deltamem_vllm.api.usage import Usage
 from deltamem_vllm.engine.compat import ErrorResponse, metrics_header, with_sse_keep_alive
 from deltamem_vllm.engine.turn import Start, begin
 from deltamem_vllm.errors import (
@@ -58,6 +59,7 @@ class _Asked:
     memory: Memory
     key: SessionKey
     run: Run
+    usage: Usage
 
     @property
     def is_stream(self) -> bool:
@@ -122,17 +124,19 @@ class Generation:
             raw: its headers and body.
             run: vLLM's handler.
         """
+        memory = request.memory
+        assert memory is not None
+        usage = Usage(memory.mode, self._service.settings.usage_log)
         try:
-            _refuse(request)
-            memory = request.memory
-            assert memory is not None
-            if memory.mode == "off":
-                start = begin("off", None, self._service.shape)
-                return await self._generate_only(request, raw, run, start, None)
-            assert memory.session is not None
-            key = self._service.key(raw, request.model, memory.session)
-            asked = _Asked(request, raw, await raw.json(), memory, key, run)
-            return await (self._write(asked) if memory.writes else self._read(asked))
+            with usage.until_answered():
+                _refuse(request)
+                if memory.mode == "off":
+                    start = begin("off", None, self._service.shape)
+                    return await self._generate_only(request, raw, run, start, None, usage)
+                assert memory.session is not None
+                key = usage.key = self._service.key(raw, request.model, memory.session)
+                asked = _Asked(request, raw, await raw.json(), memory, key, run, usage)
+                return await (self._write(asked) if memory.writes else self._read(asked))
         except DeltaMemError as error:
             return problem_response(error)
 
@@ -152,8 +156,11 @@ class Generation:
             tokens_pending=0 if content is None else len(content.pending_token_ids),
             prompt_tokens_saved=plan.tokens_saved,
         )
+        asked.usage.version, asked.usage.saved_tokens = report.version, plan.tokens_saved
         start = begin("read_only", content, self._service.shape)
-        return await self._generate_only(plan.request, asked.raw, asked.run, start, report)
+        return await self._generate_only(
+            plan.request, asked.raw, asked.run, start, report, asked.usage
+        )
 
     async def _generate_only(
         self,
@@ -162,23 +169,27 @@ class Generation:
         run: Run,
         start: Start,
         report: MemoryReport | None,
+        usage: Usage,
     ) -> Response:
         if report is None:
             report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
-        engine_turn = EngineTurn(start)
+        engine_turn = usage.engine_turn = EngineTurn(start)
         with self._service.door.carrying(engine_turn):
             reply = await run(request)
         if isinstance(reply, ErrorResponse):
+            usage.give_up()
             return _error_response(reply)
         if hasattr(reply, "model_dump"):
+            usage.outcome = "answered"
             return _json(replies.with_report(reply.model_dump(), report))
-        return _stream(raw, _with_report(reply, engine_turn, report))
+        events = _with_report(reply, engine_turn, report, usage)
+        return UsageStream(_kept_alive(raw, events), usage)
 
     # Turns that write
 
     async def _write(self, asked: _Asked) -> Response:
         turns = self._service.turns
-        turn = await turns.open(asked.key, asked.memory, asked.turn_name())
+        turn = asked.usage.turn = await turns.open(asked.key, asked.memory, asked.turn_name())
         try:
             response = await self._write_open(asked, turn)
         except BaseException:
@@ -204,14 +215,18 @@ class Generation:
         )
         lora = service.lora(asked.request.model)
         content = None if plan.base is None else plan.base.content
+        usage = asked.usage
+        usage.tokens_before = 0 if content is None else content.tokens_written
+        usage.ingested_tokens, usage.saved_tokens = len(plan.ingest), plan.tokens_saved
         if plan.ingest:
             writing = service.ingester.write(content, list(plan.ingest), lora_request=lora)
             content = [content async for _, content in writing][-1]
         start = begin("read_write", content, service.shape, reread=plan.reread)
-        engine_turn = EngineTurn(start)
+        engine_turn = usage.engine_turn = EngineTurn(start)
         with service.door.carrying(engine_turn):
             reply = await asked.run(plan.request)
         if isinstance(reply, ErrorResponse):
+            usage.give_up()
             return _error_response(reply)
         kept_as = f"key:{name}" if name else _automatic_name(plan.base_version, asked.hash)
         ending = _Ending(asked, turn, engine_turn, plan, start, kept_as, len(plan.ingest))
@@ -224,7 +239,7 @@ class Generation:
             chunks = await self._commit(ending, body["choices"][0].get("message"), make)
             return _json(chunks[0])
         events = _kept_alive(asked.raw, self._hold_back(ending, reply))
-        return TurnStream(service.turns, turn, events)
+        return TurnStream(service.turns, turn, events, usage)
 
     async def _hold_back(self, ending: _Ending, events: AsyncIterator[str]) -> AsyncIterator[str]:
         """A stream whose last events wait for the commit."""
@@ -247,7 +262,10 @@ class Generation:
             try:
                 await self._commit(ending, message, make)
             except DeltaMemError as error:
+                ending.asked.usage.fail(error)
                 held = [problem_event(error), replies.DONE]
+        else:
+            ending.asked.usage.give_up()
         for event in held:
             yield event
 
@@ -322,7 +340,8 @@ class Generation:
         return await self._service.turns.find_reply(turn, kept_as, asked.hash, version)
 
     def _repeat(self, asked: _Asked, reply: KeptReply) -> Response:
-        chunks = replies.replayed(reply)
+        chunks, report = replies.replayed(reply)
+        asked.usage.outcome, asked.usage.version = "replayed", report.version
         if not reply.is_stream:
             return _json(chunks[0])
 
@@ -330,11 +349,11 @@ class Generation:
             for chunk in chunks:
                 yield chunk
 
-        return _stream(asked.raw, events())
+        return UsageStream(_kept_alive(asked.raw, events()), asked.usage)
 
 
 async def _with_report(
-    events: AsyncIterator[str], engine_turn: EngineTurn, report: MemoryReport
+    events: AsyncIterator[str], engine_turn: EngineTurn, report: MemoryReport, usage: Usage
 ) -> AsyncIterator[str]:
     """A stream that says at its end which memory was read."""
     held: list[str] = []
@@ -346,6 +365,9 @@ async def _with_report(
     if held and not any(map(replies.is_error, held)):
         at = replies.report_at(held)
         held[at] = replies.event_with_report(held[at], report)
+        usage.outcome = "answered"
+    else:
+        usage.give_up()
     for event in held:
         yield event
 
@@ -358,7 +380,7 @@ async def stock_answer(request: GenerationRequest, raw: Request, run: Run) -> Re
     if hasattr(reply, "model_dump"):
         load_format = raw.headers.get(LOAD_FORMAT_HEADER, "")
         return JSONResponse(reply.model_dump(), headers=metrics_header(load_format))
-    return _stream(raw, reply)
+    return StreamingResponse(_kept_alive(raw, reply), media_type="text/event-stream")
 
 
 def _refuse(request: GenerationRequest) -> None:
@@ -417,7 +439,3 @@ def _kept_alive(raw: Request, events: AsyncIterator[str]) -> AsyncIterator[str]:
     interval = getattr(raw.app.state.args, "sse_keep_alive_interval", 0)
     kept: AsyncIterator[str] = with_sse_keep_alive(events, float(interval))
     return kept
-
-
-def _stream(raw: Request, events: AsyncIterator[str]) -> StreamingResponse:
-    return StreamingResponse(_kept_alive(raw, events), media_type="text/event-stream")

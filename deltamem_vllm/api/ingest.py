@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.engine.turn import begin, segments
 from deltamem_vllm.sessions import SessionContent
@@ -68,4 +69,5 @@ class Ingester:
             content = start.content(state, fed, pending=())
             content = replace(content, metadata={**content.metadata, SEGMENT_TOKENS: size})
             written += len(segment)
+            metrics.INGESTED_TOKENS.inc(len(segment))
             yield written, content

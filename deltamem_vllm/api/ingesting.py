@@ -12,6 +12,7 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.ingest import SEGMENT_TOKENS
 from deltamem_vllm.api.messages import CHAIN_ROLES, hash_message, role_of
 from deltamem_vllm.api.problems import problem_event
@@ -20,6 +21,7 @@ from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatReq
 from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
+from deltamem_vllm.api.usage import Usage
 from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError, TurnMismatchError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
@@ -36,6 +38,7 @@ class _Job:
     job_id: str
     lora: Any
     raw: Request
+    usage: Usage
 
     @cached_property
     def hash(self) -> bytes:
@@ -62,17 +65,25 @@ class Ingests:
         Raises:
             DeltaMemError: nothing was written; what was done of a named job is kept.
         """
+        usage = Usage("ingest", self._service.settings.usage_log)
+        with usage.until_answered():
+            return await self._answer(session, body, raw, model, usage)
+
+    async def _answer(
+        self, session: str, body: IngestRequest, raw: Request, model: str | None, usage: Usage
+    ) -> Response:
         if sum(getattr(body, name) is not None for name in SOURCES) != 1:
             raise MemoryRequestError(f"an ingest has one of {', '.join(SOURCES)}.")
-        key = self._service.key(raw, model, session)
-        job = _Job(key, body, body.job_id or uuid.uuid4().hex, self._service.lora(model), raw)
+        key = usage.key = self._service.key(raw, model, session)
+        job_id = body.job_id or uuid.uuid4().hex
+        job = _Job(key, body, job_id, self._service.lora(model), raw, usage)
         memory = Memory(session=session, on_busy=body.on_busy, max_wait=body.max_wait)
         turns = self._service.turns
-        turn = await turns.open(key, memory, job.reply_name)
+        turn = usage.turn = await turns.open(key, memory, job.reply_name)
         try:
             reports = self._run(job, turn, model)
             if body.stream:
-                return TurnStream(turns, turn, _events(reports))
+                return TurnStream(turns, turn, _events(reports, usage), usage)
             report = [report async for report in reports][-1]
         except BaseException:
             await turns.close(turn)
@@ -87,6 +98,8 @@ class Ingests:
         kept = await turns.call(store.find_reply, job.key, job.reply_name)
         if kept is not None:
             self._check_same(job, kept.request_hash)
+            metrics.REPLAYS.inc()
+            job.usage.outcome, job.usage.version = "replayed", kept.version
             report = json.loads(kept.reply)
             yield IngestReport(**{**report, "replayed": True})
             return
@@ -99,6 +112,8 @@ class Ingests:
         content = None if turn.current is None else turn.current.content
         self._check_segment(job, content)
         tokens, chain = await self._source(job, model)
+        job.usage.ingested_tokens = len(tokens)
+        job.usage.tokens_before = 0 if content is None else content.tokens_written
         position = 0
         found = await turns.call(store.find_job, job.key, job.job_id)
         if found is not None:
@@ -195,10 +210,11 @@ class Ingests:
         )
 
 
-async def _events(reports: AsyncIterator[IngestReport]) -> AsyncIterator[str]:
+async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:
     try:
         async for report in reports:
             yield f"{EVENT}{report.model_dump_json()}\n\n"
     except DeltaMemError as error:
+        usage.fail(error)
         yield problem_event(error)
     yield DONE

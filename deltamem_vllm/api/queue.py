@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass, field
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.errors import QueueFullError, SessionBusyError
 from deltamem_vllm.sessions import SessionKey
 
@@ -60,8 +61,9 @@ class TurnQueue:
         line.waiting += 1
         self._waiting_total += 1
         try:
-            async with asyncio.timeout_at(deadline):
-                await line.lock.acquire()
+            with metrics.WAITING.track_inprogress():
+                async with asyncio.timeout_at(deadline):
+                    await line.lock.acquire()
         except TimeoutError:
             raise busy(key) from None
         finally:

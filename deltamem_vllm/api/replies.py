@@ -84,8 +84,8 @@ def keep(chunks: Sequence[str], *, is_stream: bool, memory_at: int, max_bytes: i
     return msgspec.msgpack.encode(KeptReply(tuple(chunks), is_stream, memory_at))
 
 
-def replayed(reply: KeptReply) -> list[str]:
-    """A kept reply's chunks; its memory says that it was given before."""
+def replayed(reply: KeptReply) -> tuple[list[str], MemoryReport]:
+    """A kept reply's chunks, and their memory, which says that it was given before."""
     chunks = list(reply.chunks)
     chunk = chunks[reply.memory_at]
     body = parse_event(chunk) if reply.is_stream else json.loads(chunk)
@@ -94,4 +94,4 @@ def replayed(reply: KeptReply) -> list[str]:
     chunks[reply.memory_at] = (
         event_with_report(chunk, report) if reply.is_stream else with_report(body, report)
     )
-    return chunks
+    return chunks, report

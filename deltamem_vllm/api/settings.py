@@ -100,6 +100,9 @@ class ServerSettings(BaseSettings):
     sweep_seconds: Seconds = 60.0
     """How often expired sessions, replies and ingests are removed."""
 
+    usage_log: bool = False
+    """Write one line of JSON per request with a memory to the log: see [metrics.md](metrics.md)."""
+
     tenant_keys_file: Path | None = None
     """JSON object from API key to tenant. A key may be given as `sha256:` and the 64 hexadecimal
     digits of its digest; several keys may name one tenant; the tenant `*` marks a gateway's key,

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.logger import init_logger
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
@@ -22,6 +23,7 @@ from deltamem_vllm.api.settings import NO_STORE, ServerSettings, variable, witho
 from deltamem_vllm.api.states import StateCollector
 from deltamem_vllm.api.tenants import TenantResolver
 from deltamem_vllm.api.turns import SessionTurns
+from deltamem_vllm.api.usage import prepare_log
 from deltamem_vllm.engine.compat import call_all_workers, kv_connector_of
 from deltamem_vllm.engine.names import CONNECTOR_NAME
 from deltamem_vllm.engine.settings import MemoryConfigHook, adapter_of
@@ -61,6 +63,8 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
     store = await asyncio.to_thread(open_store, settings.store, settings.store_options())
     facts = await asyncio.to_thread(store.check_health)
     logger.info("delta-mem: sessions in %s", "; ".join(facts))
+    if settings.usage_log:
+        prepare_log()
     shape = StateShape.of(adapter_of(vllm_config))
     max_model_len = vllm_config.model_config.max_model_len
     collector = StateCollector(
@@ -88,7 +92,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
 
 
 def keep_house(app: FastAPI) -> None:
-    """From the app's start to its end sweep the store; then close it."""
+    """From the app's start to its end sweep the store and show its size; then close it."""
     stock = app.router.lifespan_context
 
     @asynccontextmanager
@@ -111,9 +115,14 @@ def keep_house(app: FastAPI) -> None:
 
 
 async def _sweep(service: MemoryService) -> None:
+    turns = service.turns
     while True:
+        try:
+            metrics.show_store(await turns.call(turns.store.stats))
+        except StoreError as error:
+            logger.warning("delta-mem: the store's size is not known: %s", error)
         await asyncio.sleep(service.settings.sweep_seconds)
         try:
-            await service.turns.call(service.turns.store.sweep)
+            await turns.call(turns.store.sweep)
         except StoreError as error:
             logger.warning("delta-mem: expired sessions were not removed: %s", error)

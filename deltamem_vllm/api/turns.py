@@ -13,6 +13,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 
 import msgspec
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.queue import TurnQueue, busy
 from deltamem_vllm.errors import (
     ConflictError,
@@ -73,6 +74,14 @@ class WritingTurn:
         """The session's current version; None if it does not exist."""
         return self.versions[0] if self.versions else None
 
+    @property
+    def committed(self) -> SessionRecord | None:
+        """The version that the turn made; None if it made none, or has not yet."""
+        done = self.committing
+        if done is None or not done.done() or done.cancelled() or done.exception() is not None:
+            return None
+        return done.result()
+
 
 class SessionTurns:
     """Runs turns against a store.
@@ -116,7 +125,7 @@ class SessionTurns:
         if version == 0:
             return None
         try:
-            return await self.call(self.store.get, key, version)
+            return await self._load(self.store.get, key, version)
         except SessionNotFoundError:
             if version is not None:
                 raise
@@ -139,16 +148,17 @@ class SessionTurns:
         max_wait = self._max_wait if memory.max_wait is None else memory.max_wait
         deadline = loop.time() + max_wait
         wait = memory.on_busy == "wait"
-        await self._queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
-        try:
-            lease = await self._acquire(key, deadline if wait else None)
-        except BaseException:
-            self._queue.leave(key)
-            raise
+        with metrics.LEASE_WAIT.time():
+            await self._queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
+            try:
+                lease = await self._acquire(key, deadline if wait else None)
+            except BaseException:
+                self._queue.leave(key)
+                raise
         turn = WritingTurn(lease, ())
         try:
             if lease.version:
-                turn.versions = await self.call(self.store.versions, key)
+                turn.versions = await self._load(self.store.versions, key)
         except BaseException:
             await self.close(turn)
             raise
@@ -177,6 +187,7 @@ class SessionTurns:
                 "this turn's key was used before, for another request. Give every new turn a key "
                 "of its own; a repeat must be the same request to the letter."
             )
+        metrics.REPLAYS.inc()
         reply = msgspec.msgpack.decode(kept.reply, type=KeptReply)
         if not reply.chunks:
             raise ConflictError(
@@ -202,8 +213,7 @@ class SessionTurns:
                 `StoreUnavailableError`.
         """
         turn.committing = asyncio.ensure_future(
-            self.call(
-                self.store.commit,
+            self._commit(
                 turn.lease,
                 content,
                 parent_version=parent_version,
@@ -240,6 +250,23 @@ class SessionTurns:
         await self.call(self._keeper.close)
         await self.call(self.store.close)
         self._threads.shutdown()
+
+    async def _load(self, read: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with metrics.LOAD.time():
+            found = await self.call(read, *args, **kwargs)
+        metrics.LOADS.inc()
+        return found
+
+    async def _commit(self, lease: Lease, content: SessionContent, **fields: Any) -> SessionRecord:
+        with metrics.COMMIT.time():
+            try:
+                record = await self.call(self.store.commit, lease, content, **fields)
+            except ConflictError:
+                metrics.CONFLICTS.inc()
+                raise
+        metrics.COMMITS.inc()
+        metrics.COMMITTED_BYTES.inc(len(content.state))
+        return record
 
     async def _acquire(self, key: SessionKey, deadline: float | None) -> Lease:
         """Take the lease, again and again until `deadline`; None: once."""

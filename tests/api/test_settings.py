@@ -41,6 +41,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         "max_reply_bytes": ("0", 0),
         "max_ingest_bytes": ("1024", 1024),
         "sweep_seconds": ("1", 1.0),
+        "usage_log": ("1", True),
         "hash_secret": ("s3cret", SecretStr("s3cret")),
         "tenant_keys_file": ("/etc/keys.json", Path("/etc/keys.json")),
         "tenant_header": ("X-Tenant", "X-Tenant"),
