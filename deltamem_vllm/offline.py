@@ -28,6 +28,7 @@ from deltamem_vllm.engine.names import (
 )
 from deltamem_vllm.engine.request_args import ARGS_KEY, MemoryArgs, with_memory
 from deltamem_vllm.engine.settings import adapter_of
+from deltamem_vllm.engine.turn import BROKEN_OFF, REPLAYS
 from deltamem_vllm.errors import (
     DeltaMemError,
     EngineConfigError,
@@ -44,14 +45,8 @@ logger = init_logger(f"vllm.{__name__}")
 STATE_TIMEOUT_S: Final = 60.0
 """How long a final state may take from the worker before the turn is given up."""
 
-REPLAYS: Final = 3
-"""Attempts to write a turn again; one fails only if it is preempted at its end."""
-
 PER_PROMPT: Final = ("lora_request", "priority")
 """Further arguments of `LLM.generate` and `LLM.chat` that may come one per prompt."""
-
-BROKEN_OFF: Final = ("abort", "error")
-"""Finish reasons of turns that did not end by themselves, and are not written."""
 
 
 class Sessions(MutableMapping[str, MemorySnapshot]):

@@ -1,7 +1,7 @@
 """What one turn gives to the engine, and what it makes of the final state.
 
-The same for every frontend: `MemoryLLM` and the HTTP server begin a turn with `begin`, send its
-request as `Start` says, and end it with `Start.content`. No store and no engine loop here.
+A frontend begins a turn with `begin`, sends its request as `Start` says, and ends it with
+`Start.content`; the HTTP server does. No store and no engine loop here.
 """
 
 import uuid
