@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from deltamem_vllm.api.boundaries import pending_after, split_boundary, turn_terminator
+from deltamem_vllm.api.boundaries import Render, pending_after, split_boundary, turn_terminator
 from deltamem_vllm.api.folding import FoldPlan, plan_fold
-from deltamem_vllm.api.messages import CHAIN_ROLES, Message, hash_message, role_of
-from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest
-from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.messages import Message, hash_chain, hash_message, tenant_key
+from deltamem_vllm.api.rendering import ChatRenderer
+from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import SessionKey, SessionRecord
 
 logger = logging.getLogger(__name__)
-
-GenerationRequest = MemoryChatRequest | MemoryCompletionRequest
 
 TEMPLATES_KNOWN: Final = 64
 """Templates, with their arguments, of which the end of a turn is remembered."""
@@ -55,10 +53,16 @@ class Plan:
 
 
 class Conversations:
-    """Plans turns, and says what is left of them at their end."""
+    """Plans turns, and says what is left of them at their end. One for the server's life.
 
-    def __init__(self, service: MemoryService) -> None:
-        self._service = service
+    Args:
+        renderer: messages as tokens.
+        secret: keys the hashes of messages, see `tenant_key`.
+    """
+
+    def __init__(self, renderer: ChatRenderer, secret: bytes) -> None:
+        self._renderer = renderer
+        self._secret = secret
         self._terminators: dict[str, tuple[int, ...]] = {}
 
     async def plan_writing(
@@ -86,14 +90,10 @@ class Conversations:
             return Plan(request, current)
         if memory.window is not None:
             return await self._fold(request, body, memory, key, versions, writes=True)
-        hash_key = self._service.hash_key(key.tenant)
         written = () if current is None else current.content.message_chain
-        hashes = [
-            hash_message(message, hash_key)
-            for message in body["messages"]
-            if role_of(message) in CHAIN_ROLES
-        ]
-        return Plan(request, current, chain=(*written, *hashes))
+        return Plan(
+            request, current, chain=(*written, *self.chain_of(body["messages"], key.tenant))
+        )
 
     async def plan_reading(
         self,
@@ -129,11 +129,11 @@ class Conversations:
         """
         if plan.chain is None or message is None:
             return None
-        return (*plan.chain, hash_message(message, self._service.hash_key(key.tenant)))
+        return (*plan.chain, hash_message(message, tenant_key(self._secret, key.tenant)))
 
-    async def tokens_of(self, messages: Sequence[Message], request: MemoryChatRequest) -> list[int]:
-        """Messages as tokens to be written alone."""
-        return await self._service.renderer.tokens(request, messages, add_generation_prompt=False)
+    def chain_of(self, messages: Sequence[Message], tenant: str) -> tuple[bytes, ...]:
+        """Hashes of a tenant's messages."""
+        return hash_chain(messages, tenant_key(self._secret, tenant))
 
     async def _fold(
         self,
@@ -147,62 +147,36 @@ class Conversations:
     ) -> Plan:
         assert memory.window is not None
         render = self._render(request)
-        fold = await asyncio.to_thread(
-            plan_fold,
-            body["messages"],
-            versions,
-            memory.window,
-            memory.on_divergence,
-            self._service.hash_key(key.tenant),
-            lambda messages: len(render(messages, add_generation_prompt=False)),
-            writes=writes,
-        )
-        shown = [*fold.standing, *fold.reread, *fold.fresh]
-        prompt = await asyncio.to_thread(render, shown, add_generation_prompt=True)
-        reread = 0
-        if writes:
-            reread = await asyncio.to_thread(
-                split_boundary, render, fold.standing, fold.reread, fold.fresh, prompt=prompt
+        messages, window = body["messages"], memory.window
+
+        def plan() -> Plan:
+            fold = plan_fold(
+                messages,
+                versions,
+                window,
+                memory.on_divergence,
+                tenant_key(self._secret, key.tenant),
+                lambda some: len(render(some, add_generation_prompt=False)),
+                writes=writes,
             )
-        base = next((record for record in versions if record.version == fold.base_version), None)
-        return Plan(
-            request=_showing(request, body, shown),
-            base=base,
-            ingest=await self._ingested(render, fold) if writes else (),
-            reread=reread,
-            chain=fold.chain_after_prompt,
-            tokens_saved=await self._saved(render, fold, shown, len(prompt)),
-        )
+            shown = [*fold.standing, *fold.reread, *fold.fresh]
+            prompt = render(shown, add_generation_prompt=True)
+            reread = 0
+            if writes:
+                reread = split_boundary(
+                    render, fold.standing, fold.reread, fold.fresh, prompt=prompt
+                )
+            bases = (record for record in versions if record.version == fold.base_version)
+            return Plan(
+                request=_showing(request, body, shown),
+                base=next(bases, None),
+                ingest=_ingested(render, fold),
+                reread=reread,
+                chain=fold.chain_after_prompt,
+                tokens_saved=_saved(render, fold, len(prompt)),
+            )
 
-    async def _ingested(self, render: Any, fold: FoldPlan) -> tuple[int, ...]:
-        """The tokens of messages that are written without being shown.
-
-        They are rendered behind the standing ones, which stay out, as in the prompt.
-        """
-        if not fold.ingest:
-            return ()
-        messages = [*fold.standing, *fold.ingest]
-        tokens = await asyncio.to_thread(render, messages, add_generation_prompt=False)
-        start = await asyncio.to_thread(
-            split_boundary,
-            render,
-            fold.standing,
-            (),
-            fold.ingest,
-            add_generation_prompt=False,
-            prompt=tokens,
-        )
-        return tuple(tokens[start:])
-
-    async def _saved(
-        self, render: Any, fold: FoldPlan, shown: Sequence[Message], num_shown: int
-    ) -> int:
-        """By how many tokens the full history would be longer than the prompt."""
-        if not (fold.saved or fold.ingest):
-            return 0
-        history = [*fold.standing, *fold.saved, *fold.reread, *fold.ingest, *fold.fresh]
-        full = await asyncio.to_thread(render, history, add_generation_prompt=True)
-        return max(0, len(full) - num_shown)
+        return await asyncio.to_thread(plan)
 
     async def _terminator(self, request: MemoryChatRequest) -> tuple[int, ...]:
         """What the request's template puts behind a reply. Empty if it cannot be told."""
@@ -221,17 +195,39 @@ class Conversations:
             self._terminators[known] = terminator
         return self._terminators[known]
 
-    def _render(self, request: MemoryChatRequest) -> Any:
+    def _render(self, request: MemoryChatRequest) -> Render:
         """A function that renders messages, to be called from threads."""
         loop = asyncio.get_running_loop()
 
         def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-            rendering = self._service.renderer.tokens(
+            rendering = self._renderer.tokens(
                 request, messages, add_generation_prompt=add_generation_prompt
             )
             return asyncio.run_coroutine_threadsafe(rendering, loop).result()
 
         return render
+
+
+def _ingested(render: Render, fold: FoldPlan) -> tuple[int, ...]:
+    """The tokens of messages that are written without being shown.
+
+    They are rendered behind the standing ones, which stay out, as in the prompt.
+    """
+    if not fold.ingest:
+        return ()
+    tokens = render([*fold.standing, *fold.ingest], add_generation_prompt=False)
+    start = split_boundary(
+        render, fold.standing, (), fold.ingest, add_generation_prompt=False, prompt=tokens
+    )
+    return tuple(tokens[start:])
+
+
+def _saved(render: Render, fold: FoldPlan, num_shown: int) -> int:
+    """By how many tokens the full history would be longer than the prompt."""
+    if not (fold.saved or fold.ingest):
+        return 0
+    history = [*fold.standing, *fold.saved, *fold.reread, *fold.ingest, *fold.fresh]
+    return max(0, len(render(history, add_generation_prompt=True)) - num_shown)
 
 
 def _showing(

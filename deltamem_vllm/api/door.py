@@ -102,11 +102,6 @@ class EngineDoor:
         turn.prompt_ids = prompt["prompt_token_ids"]
         turn.num_shown = len(turn.prompt_ids) - len(start.pending)
         params = start.params(sampling_params)
-        if (params.n or 1) > 1:
-            raise MemoryRequestError(
-                f"n={params.n} with read_write memory: a session has one future. Use n=1 or "
-                "read_only."
-            )
         room = self._max_model_len - len(turn.prompt_ids)
         if room < 1:
             raise MemoryRequestError(

@@ -16,10 +16,10 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from deltamem_vllm.api import replies
-from deltamem_vllm.api.conversation import Conversations, Plan
+from deltamem_vllm.api.conversation import Plan
 from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.problems import problem_event, problem_response
-from deltamem_vllm.api.schemas import MemoryChatRequest, MemoryCompletionRequest, MemoryReport
+from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.api.streams import TurnStream, UsageStream
 from deltamem_vllm.api.turns import KeptReply, WritingTurn
@@ -35,7 +35,6 @@ from deltamem_vllm.errors import (
 from deltamem_vllm.memory import MAX_TURN_NAME, Memory
 from deltamem_vllm.sessions import SessionKey, Turn
 
-GenerationRequest = MemoryChatRequest | MemoryCompletionRequest
 Run = Callable[[GenerationRequest], Awaitable[Any]]
 """vLLM's handler: a request -> a reply's model, an error, or an iterator of a stream's events."""
 
@@ -62,10 +61,6 @@ class _Asked:
     usage: Usage
 
     @property
-    def is_stream(self) -> bool:
-        return bool(self.request.stream)
-
-    @property
     def is_retry(self) -> bool:
         """Whether the client sends it again by itself, and may not know that it was answered."""
         return self.raw.headers.get(RETRY_HEADER, "0") not in ("", "0")
@@ -77,6 +72,7 @@ class _Asked:
         asked = json.dumps([self.raw.url.path, {**self.body, "memory": memory}], sort_keys=True)
         return hashlib.blake2b(asked.encode(), digest_size=16).digest()
 
+    @cached_property
     def turn_name(self) -> str | None:
         """The client's name for the turn.
 
@@ -104,9 +100,7 @@ class _Ending:
     turn: WritingTurn
     engine_turn: EngineTurn
     plan: Plan
-    start: Start
     name: str
-    tokens_ingested: int
 
 
 class Generation:
@@ -114,7 +108,7 @@ class Generation:
 
     def __init__(self, service: MemoryService) -> None:
         self._service = service
-        self._conversations = Conversations(service)
+        self._conversations = service.conversations
 
     async def answer(self, request: GenerationRequest, raw: Request, run: Run) -> Response:
         """The answer to a request with a memory.
@@ -132,7 +126,8 @@ class Generation:
                 _refuse(request)
                 if memory.mode == "off":
                     start = begin("off", None, self._service.shape)
-                    return await self._generate_only(request, raw, run, start, None, usage)
+                    report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
+                    return await self._generate_only(request, raw, run, start, report, usage)
                 assert memory.session is not None
                 key = usage.key = self._service.key(raw, request.model, memory.session)
                 asked = _Asked(request, raw, await raw.json(), memory, key, run, usage)
@@ -168,11 +163,9 @@ class Generation:
         raw: Request,
         run: Run,
         start: Start,
-        report: MemoryReport | None,
+        report: MemoryReport,
         usage: Usage,
     ) -> Response:
-        if report is None:
-            report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
         engine_turn = usage.engine_turn = EngineTurn(start)
         with self._service.door.carrying(engine_turn):
             reply = await run(request)
@@ -189,7 +182,7 @@ class Generation:
 
     async def _write(self, asked: _Asked) -> Response:
         turns = self._service.turns
-        turn = asked.usage.turn = await turns.open(asked.key, asked.memory, asked.turn_name())
+        turn = asked.usage.turn = await turns.open(asked.key, asked.memory, asked.turn_name)
         try:
             response = await self._write_open(asked, turn)
         except BaseException:
@@ -201,8 +194,7 @@ class Generation:
 
     async def _write_open(self, asked: _Asked, turn: WritingTurn) -> Response:
         service = self._service
-        name = asked.turn_name()
-        if repeat := await self._find_repeat(asked, turn, name):
+        if repeat := await self._find_repeat(asked, turn):
             return self._repeat(asked, repeat)
         version = turn.lease.version
         if asked.memory.version not in (None, version):
@@ -213,13 +205,17 @@ class Generation:
         plan = await self._conversations.plan_writing(
             asked.request, asked.body, asked.memory, asked.key, turn.versions
         )
-        lora = service.lora(asked.request.model)
         content = None if plan.base is None else plan.base.content
         usage = asked.usage
         usage.tokens_before = 0 if content is None else content.tokens_written
         usage.ingested_tokens, usage.saved_tokens = len(plan.ingest), plan.tokens_saved
         if plan.ingest:
-            writing = service.ingester.write(content, list(plan.ingest), lora_request=lora)
+            writing = service.ingester.write(
+                content,
+                list(plan.ingest),
+                segment_tokens=service.ingester.segment_tokens(content),
+                lora_request=service.lora(asked.request.model),
+            )
             content = [content async for _, content in writing][-1]
         start = begin("read_write", content, service.shape, reread=plan.reread)
         engine_turn = usage.engine_turn = EngineTurn(start)
@@ -228,8 +224,9 @@ class Generation:
         if isinstance(reply, ErrorResponse):
             usage.give_up()
             return _error_response(reply)
-        kept_as = f"key:{name}" if name else _automatic_name(plan.base_version, asked.hash)
-        ending = _Ending(asked, turn, engine_turn, plan, start, kept_as, len(plan.ingest))
+        name = asked.turn_name
+        kept_as = _given_name(name) if name else _automatic_name(plan.base_version, asked.hash)
+        ending = _Ending(asked, turn, engine_turn, plan, kept_as)
         if hasattr(reply, "model_dump"):
             body = reply.model_dump()
 
@@ -258,7 +255,9 @@ class Generation:
                 held[at] = replies.event_with_report(held[at], report)
                 return [*sent, *held], len(sent) + at
 
-            message = replies.assistant_message([*sent, *held])
+            message = None
+            if ending.plan.chain is not None:
+                message = replies.assistant_message([*sent, *held])
             try:
                 await self._commit(ending, message, make)
             except DeltaMemError as error:
@@ -288,7 +287,7 @@ class Generation:
         asked, engine_turn, plan = ending.asked, ending.engine_turn, ending.plan
         if engine_turn.broken_off or engine_turn.state is None:
             raise BrokenOffError("the engine broke the turn off. Nothing was written.")
-        content = ending.start.content(
+        content = engine_turn.start.content(
             engine_turn.state,
             engine_turn.num_fed,
             await self._conversations.pending(asked.request, engine_turn.output_ids),
@@ -301,13 +300,13 @@ class Generation:
             parent_version=plan.base_version,
             tokens_written=content.tokens_written,
             tokens_pending=len(content.pending_token_ids),
-            tokens_ingested=ending.tokens_ingested,
+            tokens_ingested=len(plan.ingest),
             prompt_tokens_saved=plan.tokens_saved,
         )
         chunks, memory_at = make(report)
         reply = replies.keep(
             chunks,
-            is_stream=asked.is_stream,
+            is_stream=bool(asked.request.stream),
             memory_at=memory_at,
             max_bytes=self._service.settings.max_reply_bytes,
         )
@@ -320,24 +319,21 @@ class Generation:
         )
         return chunks
 
-    async def _find_repeat(
-        self, asked: _Asked, turn: WritingTurn, name: str | None
-    ) -> KeptReply | None:
+    async def _find_repeat(self, asked: _Asked, turn: WritingTurn) -> KeptReply | None:
         """The answer that this turn was given before.
 
         A turn without a name is known by the version that it grew out of and by what it asks. A
         client that sends its history again asks the same thing only if it got no answer; others do
         so on purpose, unless their library says that it tries again.
         """
-        version = None
-        if name is not None:
-            kept_as = f"key:{name}"
-        elif turn.current is not None and (asked.memory.window is not None or asked.is_retry):
-            kept_as = _automatic_name(turn.current.parent_version, asked.hash)
-            version = turn.current.version
-        else:
+        find = self._service.turns.find_reply
+        if asked.turn_name is not None:
+            return await find(turn, _given_name(asked.turn_name), asked.hash)
+        current = turn.current
+        if current is None or not (asked.memory.window is not None or asked.is_retry):
             return None
-        return await self._service.turns.find_reply(turn, kept_as, asked.hash, version)
+        name = _automatic_name(current.parent_version, asked.hash)
+        return await find(turn, name, asked.hash, current.version)
 
     def _repeat(self, asked: _Asked, reply: KeptReply) -> Response:
         chunks, report = replies.replayed(reply)
@@ -421,6 +417,10 @@ def _refuse(request: GenerationRequest) -> None:
         )
     if request.truncate_prompt_tokens is not None:
         raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
+
+
+def _given_name(name: str) -> str:
+    return f"key:{name}"
 
 
 def _automatic_name(base_version: int, request_hash: bytes) -> str:

@@ -7,6 +7,7 @@ from typing import Any, Final
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.engine.turn import begin, segments
+from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.sessions import SessionContent
 from deltamem_vllm.state.snapshot import StateShape
 
@@ -35,39 +36,54 @@ class Ingester:
         self._default_segment = default_segment
         self._max_segment = max_segment
 
-    def segment_tokens(self, content: SessionContent | None) -> int:
-        """Tokens per segment of a session; fixed by its first ingest."""
+    def segment_tokens(self, content: SessionContent | None, asked: int | None = None) -> int:
+        """Tokens per segment of a session; fixed by its first ingest.
+
+        Raises:
+            MemoryRequestError: `asked` is another number.
+        """
         chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
-        return int(chosen or self._default_segment)
+        if chosen is not None and asked not in (None, chosen):
+            raise MemoryRequestError(
+                f"the session is written in segments of {chosen} tokens, not {asked}. Leave "
+                "segment_tokens out."
+            )
+        return int(chosen or asked or self._default_segment)
 
     async def write(
         self,
         content: SessionContent | None,
         tokens: list[int],
         *,
-        segment_tokens: int | None = None,
+        segment_tokens: int,
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
         """Write `tokens` after what a session holds.
 
+        Pending tokens count as the beginning of the first segment, so an ingest that goes on after
+        a segment makes the same cuts as one that was never interrupted.
+
         Args:
             content: the session; None for an empty memory.
             tokens: to be written, all of them.
-            segment_tokens: None for the session's own.
+            segment_tokens: see the method.
             engine_kwargs: further arguments of the engine client's `generate`.
 
         Yields:
             After each segment the tokens written so far, and the session then.
         """
-        size = segment_tokens or self.segment_tokens(content)
-        written = 0
+        size = min(segment_tokens, self._max_segment)
         pending = 0 if content is None else len(content.pending_token_ids)
-        for segment in segments(tokens, max(1, min(size, self._max_segment - pending))):
+        first = max(1, size - pending)
+        written = 0
+        for segment in (tokens[:first], *segments(tokens[first:], size)):
             start = begin("read_write", content, self._shape)
             state = await self._door.feed(start, list(segment), **engine_kwargs)
             fed = len(start.pending) + len(segment)
             content = start.content(state, fed, pending=())
-            content = replace(content, metadata={**content.metadata, SEGMENT_TOKENS: size})
+            content = replace(
+                content, metadata={**content.metadata, SEGMENT_TOKENS: segment_tokens}
+            )
             written += len(segment)
             metrics.INGESTED_TOKENS.inc(len(segment))
             yield written, content

@@ -13,8 +13,6 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from deltamem_vllm.api import metrics
-from deltamem_vllm.api.ingest import SEGMENT_TOKENS
-from deltamem_vllm.api.messages import CHAIN_ROLES, hash_message, role_of
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatRequest
@@ -110,7 +108,7 @@ class Ingests:
                 "Nothing was written."
             )
         content = None if turn.current is None else turn.current.content
-        self._check_segment(job, content)
+        size = self._service.ingester.segment_tokens(content, job.body.segment_tokens)
         tokens, chain = await self._source(job, model)
         job.usage.ingested_tokens = len(tokens)
         job.usage.tokens_before = 0 if content is None else content.tokens_written
@@ -122,10 +120,7 @@ class Ingests:
                 content, position = found.content, found.position
         yield self._report(job, version, content, len(tokens), position)
         writing = self._service.ingester.write(
-            content,
-            tokens[position:],
-            segment_tokens=job.body.segment_tokens,
-            lora_request=job.lora,
+            content, tokens[position:], segment_tokens=size, lora_request=job.lora
         )
         start = position
         async for written, content in writing:
@@ -159,12 +154,7 @@ class Ingests:
                 raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
             return body.token_ids, ()
         assert body.messages is not None
-        hash_key = self._service.hash_key(job.key.tenant)
-        chain = tuple(
-            hash_message(message, hash_key)
-            for message in body.messages
-            if role_of(message) in CHAIN_ROLES
-        )
+        chain = self._service.conversations.chain_of(body.messages, job.key.tenant)
         asked = {"messages": body.messages, **({} if model is None else {"model": model})}
         try:
             request = MemoryChatRequest.model_validate(asked)
@@ -179,14 +169,6 @@ class Ingests:
         if request_hash != job.hash:
             raise TurnMismatchError(
                 f"job {job.job_id!r} was begun with another text. Give every ingest its own job_id."
-            )
-
-    def _check_segment(self, job: _Job, content: SessionContent | None) -> None:
-        chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
-        if chosen is not None and job.body.segment_tokens not in (None, chosen):
-            raise MemoryRequestError(
-                f"session {job.key.name!r} is written in segments of {chosen} tokens, not "
-                f"{job.body.segment_tokens}. Leave segment_tokens out."
             )
 
     def _report(

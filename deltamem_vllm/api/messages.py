@@ -24,7 +24,7 @@ Hash messages before they are rendered: vLLM replaces, in place, arguments that 
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeAlias
 
 from deltamem_vllm.errors import MemoryRequestError
@@ -69,6 +69,28 @@ def hash_message(message: Message, key: bytes) -> bytes:
         raise ValueError(f"a key of {len(key)} bytes; messages are hashed under one of 1 to 64.")
     digest = hashlib.blake2b(_canonical(message), digest_size=HASH_BYTES, key=key, person=_FORM)
     return digest.digest()
+
+
+def hash_chain(messages: Sequence[Message], key: bytes) -> tuple[bytes, ...]:
+    """Hashes of all messages but the standing ones, in order.
+
+    Raises:
+        MemoryRequestError: as `hash_message`.
+    """
+    return tuple(
+        hash_message(message, key) for message in messages if role_of(message) in CHAIN_ROLES
+    )
+
+
+def tenant_key(secret: bytes, tenant: str) -> bytes:
+    """The key under which a tenant's messages are hashed, 32 bytes: equal messages of two tenants
+    have different hashes, and without the secret nobody can try messages out.
+
+    Args:
+        secret: the server's, at most 64 bytes; may be empty.
+        tenant: whose messages.
+    """
+    return hashlib.blake2b(tenant.encode(), key=secret, digest_size=32).digest()
 
 
 def role_of(message: Message) -> str:

@@ -12,6 +12,7 @@ from deltamem_vllm.api.problems import problem_response
 from deltamem_vllm.api.schemas import (
     Deleted,
     ForkRequest,
+    GenerationRequest,
     IngestReport,
     IngestRequest,
     MemoryChatRequest,
@@ -26,8 +27,7 @@ from deltamem_vllm.api.schemas import (
 from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.engine.compat import load_aware_call, validate_json_request, with_cancellation
 from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
-from deltamem_vllm.sessions import SessionContent
-from deltamem_vllm.state.snapshot_file import SnapshotFile, dump_snapshot, load_snapshot
+from deltamem_vllm.portable import export_record, import_content
 
 SNAPSHOT_TYPE = "application/vnd.safetensors"
 
@@ -89,15 +89,7 @@ def service_of(raw_request: Request) -> MemoryService:
 async def create_chat_completion(request: MemoryChatRequest, raw_request: Request) -> Response:
     """vLLM's chat completions, with a field `memory`."""
     handler = raw_request.app.state.openai_serving_chat
-    if handler is None:
-        raise NotImplementedError("The model does not support Chat Completions API")
-
-    async def run(asked: Any) -> Any:
-        return await handler.create_chat_completion(asked, raw_request)
-
-    if request.memory is None:
-        return await stock_answer(request, raw_request, run)
-    return await Generation(service_of(raw_request)).answer(request, raw_request, run)
+    return await _answer(request, raw_request, handler and handler.create_chat_completion)
 
 
 @generation_router.post("/v1/completions")
@@ -106,11 +98,15 @@ async def create_chat_completion(request: MemoryChatRequest, raw_request: Reques
 async def create_completion(request: MemoryCompletionRequest, raw_request: Request) -> Response:
     """vLLM's completions, with a field `memory`."""
     handler = raw_request.app.state.openai_serving_completion
-    if handler is None:
-        raise NotImplementedError("The model does not support Completions API")
+    return await _answer(request, raw_request, handler and handler.create_completion)
 
-    async def run(asked: Any) -> Any:
-        return await handler.create_completion(asked, raw_request)
+
+async def _answer(request: GenerationRequest, raw_request: Request, generate: Any) -> Response:
+    if generate is None:
+        raise NotImplementedError("The model does not support this API")
+
+    async def run(asked: GenerationRequest) -> Any:
+        return await generate(asked, raw_request)
 
     if request.memory is None:
         return await stock_answer(request, raw_request, run)
@@ -207,17 +203,8 @@ async def export_session(
     service = service_of(raw_request)
     key = service.key(raw_request, model, session)
     record = await service.turns.call(service.turns.store.get, key, version)
-    content = record.content
-    file = SnapshotFile(
-        state=content.state,
-        version=record.version,
-        tokens_written=content.tokens_written,
-        pending_token_ids=content.pending_token_ids,
-        message_chain=content.message_chain,
-        metadata=content.metadata,
-    )
     parts = service.fingerprints.of(service.lora(model))
-    data = await service.turns.call(dump_snapshot, file, parts, service.shape)
+    data = await service.turns.call(export_record, record, parts, service.shape)
     return Response(data, media_type=SNAPSHOT_TYPE)
 
 
@@ -244,17 +231,10 @@ async def import_session(
         data += chunk
         _check_size(len(data), service)
     parts = service.fingerprints.of(service.lora(model))
-    file = await service.turns.call(load_snapshot, bytes(data), parts, service.shape)
+    content = await service.turns.call(import_content, bytes(data), parts, service.shape)
     vocabulary = raw_request.app.state.vllm_config.model_config.get_vocab_size()
-    if any(token >= vocabulary for token in file.pending_token_ids):
+    if any(token >= vocabulary for token in content.pending_token_ids):
         raise MemoryRequestError("the file's pending tokens are not in the model's vocabulary.")
-    content = SessionContent(
-        state=file.state,
-        tokens_written=file.tokens_written,
-        pending_token_ids=file.pending_token_ids,
-        message_chain=file.message_chain,
-        metadata=file.metadata,
-    )
     record = await service.turns.call(service.turns.store.create, key, content, ttl=ttl)
     return SessionDetail.of((record,))
 

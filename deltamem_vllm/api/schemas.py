@@ -1,6 +1,6 @@
 """Bodies of requests and answers, as OpenAPI shows them."""
 
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -35,6 +35,9 @@ class MemoryCompletionRequest(CompletionRequest):
     """vLLM's completion request with a memory."""
 
     memory: Memory | None = None
+
+
+GenerationRequest: TypeAlias = MemoryChatRequest | MemoryCompletionRequest
 
 
 class MemoryReport(BaseModel):

@@ -1,12 +1,12 @@
 """What an API server with sessions is made of."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
 
+from deltamem_vllm.api.conversation import Conversations
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
@@ -27,6 +27,7 @@ class MemoryService:
     door: EngineDoor
     ingester: Ingester
     renderer: ChatRenderer
+    conversations: Conversations
     tenants: TenantResolver
     shape: StateShape
     fingerprints: Fingerprints
@@ -47,9 +48,3 @@ class MemoryService:
         return SessionKey(
             self.tenant(raw_request), self.fingerprints.of(self.lora(model)).digest, session
         )
-
-    def hash_key(self, tenant: str) -> bytes:
-        """Key of the hashes of a tenant's messages, 32 bytes: equal messages of two tenants have
-        different hashes, and without the server's secret nobody can try messages out."""
-        secret = self.settings.hash_secret.get_secret_value().encode()
-        return hashlib.blake2b(tenant.encode(), key=secret, digest_size=32).digest()

@@ -13,6 +13,7 @@ from starlette.datastructures import State
 from vllm.logger import init_logger
 
 from deltamem_vllm.api import metrics
+from deltamem_vllm.api.conversation import Conversations
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
@@ -71,6 +72,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         partial(call_all_workers, engine_client, "take_memory_states"), shape
     )
     door = EngineDoor(engine_client, collector, max_model_len)
+    renderer = ChatRenderer(state.online_renderer)
     return MemoryService(
         settings=settings,
         turns=SessionTurns(
@@ -83,7 +85,8 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         door=door,
         # One token stays for the request's own answer.
         ingester=Ingester(door, shape, settings.segment_tokens, max_model_len - 1),
-        renderer=ChatRenderer(state.online_renderer),
+        renderer=renderer,
+        conversations=Conversations(renderer, settings.hash_secret.get_secret_value().encode()),
         tenants=TenantResolver(settings),
         shape=shape,
         fingerprints=fingerprints,

@@ -6,7 +6,7 @@ Stores block, so every call runs on a pool of threads; the event loop never wait
 import asyncio
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
@@ -63,7 +63,8 @@ class WritingTurn:
 
     lease: Lease
     versions: tuple[SessionRecord, ...]
-    """The session's kept versions, newest first."""
+    """The session's kept versions, newest first; the current one alone if the turn has no window,
+    and so cannot grow out of an older one."""
 
     is_open: bool = True
     committing: "asyncio.Future[SessionRecord] | None" = None
@@ -158,7 +159,10 @@ class SessionTurns:
         turn = WritingTurn(lease, ())
         try:
             if lease.version:
-                turn.versions = await self._load(self.store.versions, key)
+                if memory.window is None:
+                    turn.versions = (await self._load(self.store.get, key),)
+                else:
+                    turn.versions = await self._load(self.store.versions, key)
         except BaseException:
             await self.close(turn)
             raise
@@ -231,15 +235,18 @@ class SessionTurns:
         return record
 
     async def close(self, turn: WritingTurn) -> None:
-        """Give the session back; does nothing after a commit."""
+        """Give the session back; does nothing after a commit. Once begun, it is carried through."""
         if not turn.is_open:
             return
         turn.is_open = False
+        await asyncio.shield(asyncio.ensure_future(self._hand_on(turn)))
+
+    async def _hand_on(self, turn: WritingTurn) -> None:
+        if turn.committing is not None:
+            # The next turn must find what this one wrote.
+            await asyncio.wait([turn.committing])
         try:
-            if turn.committing is not None:
-                # The next turn must find what this one wrote.
-                await asyncio.wait([turn.committing])
-            await _carried_through(self.call(self._keeper.release, turn.lease))
+            await self.call(self._keeper.release, turn.lease)
         except StoreError as error:
             logger.warning("delta-mem: a lease was not given back and runs out: %s", error)
         finally:
@@ -289,14 +296,3 @@ class SessionTurns:
     def _give_back(self, acquiring: "asyncio.Future[Lease]") -> None:
         if not acquiring.cancelled() and acquiring.exception() is None:
             self._threads.submit(self._keeper.release, acquiring.result())
-
-
-async def _carried_through(step: Coroutine[Any, Any, T]) -> T:
-    """Await a step that a cancellation must not leave half known: cancelled once it is done."""
-    task = asyncio.ensure_future(step)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if not task.done():
-            await asyncio.wait([task])
-        raise

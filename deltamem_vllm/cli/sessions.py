@@ -196,7 +196,7 @@ def export(
 ) -> None:
     """Write a session into a portable file: safetensors with its facts."""
     from deltamem_vllm.adapter.files import write_atomically
-    from deltamem_vllm.state.snapshot_file import SnapshotFile, dump_snapshot
+    from deltamem_vllm.portable import export_record
 
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out}: is there already; give another file, or --overwrite")
@@ -211,16 +211,7 @@ def export(
             f"{parts.digest[:SHOWN_DIGITS]}. Give model, adapter, chat template, quantization and "
             "DELTAMEM_FINGERPRINT_ALIAS as the server had them."
         )
-    content = record.content
-    snapshot = SnapshotFile(
-        state=content.state,
-        version=record.version,
-        tokens_written=content.tokens_written,
-        pending_token_ids=content.pending_token_ids,
-        message_chain=content.message_chain,
-        metadata=content.metadata,
-    )
-    write_atomically(out, dump_snapshot(snapshot, parts, shape))
+    write_atomically(out, export_record(record, parts, shape))
     typer.echo(f"wrote version {record.version} of {name} to {out}")
 
 
@@ -239,25 +230,19 @@ def import_(
     tenant: TenantOption = "public",
 ) -> None:
     """Make a session of a file; it begins at version 1."""
-    from deltamem_vllm.sessions import SessionContent, SessionKey
-    from deltamem_vllm.state.snapshot_file import MAX_HEADER_BYTES, load_snapshot
+    from deltamem_vllm.portable import import_content
+    from deltamem_vllm.sessions import SessionKey
+    from deltamem_vllm.state.snapshot_file import MAX_HEADER_BYTES
 
     parts, shape = _model(model, adapter, chat_template, quantization)
     with file.open("rb") as opened_file:
         # One byte more than a snapshot may have is enough to refuse it.
         data = opened_file.read(MAX_HEADER_BYTES + shape.num_bytes + 9)
-    snapshot = load_snapshot(data, parts, shape)
-    content = SessionContent(
-        state=snapshot.state,
-        tokens_written=snapshot.tokens_written,
-        pending_token_ids=snapshot.pending_token_ids,
-        message_chain=snapshot.message_chain,
-        metadata=snapshot.metadata,
-    )
+    content = import_content(data, parts, shape)
     with _opened(store, make=True) as opened:
         key = SessionKey(tenant, parts.digest, name)
         record = opened.create(key, content, ttl=ttl)
-    typer.echo(f"{name} is at version {record.version}, from version {snapshot.version} in {file}")
+    typer.echo(f"{name} is at version {record.version}, with the content of {file}")
 
 
 @sessions_app.command("backup")

@@ -2,8 +2,6 @@
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from deltamem_vllm.errors import ConflictError, DeltaMemError
 from deltamem_vllm.sessions.records import Lease, SessionKey
@@ -53,15 +51,6 @@ class LeaseKeeper:
         """Give a lease back."""
         self.forget(lease)
         self._store.release(lease)
-
-    @contextmanager
-    def holding(self, key: SessionKey) -> Iterator[Lease]:
-        """Hold a lease; it is given back at the end, unless a commit did that."""
-        lease = self.acquire(key)
-        try:
-            yield lease
-        finally:
-            self.release(lease)
 
     def close(self) -> None:
         """Stop renewing; leases that are still held run out."""

@@ -102,11 +102,6 @@ class StateShape:
         return packed
 
     @property
-    def zeros(self) -> bytes:
-        """The empty memory, packed."""
-        return bytes(self.num_bytes)
-
-    @property
     def num_bytes(self) -> int:
         """Of all states together."""
         return len(self.layer_indices) * math.prod(self.shape) * 4

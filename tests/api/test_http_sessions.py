@@ -195,6 +195,36 @@ def test_ingest_reports_its_progress(server: Server) -> None:
     assert sessions(server, "GET", f"/{name}").json()["version"] == 1
 
 
+def test_interrupted_ingest_goes_on_and_cuts_as_if_it_had_not_stopped(
+    server: Server, client: openai.OpenAI, store: SessionStore, oracle: Oracle
+) -> None:
+    """In segments as long as the model's context, the first of which begins with a pending token:
+    after the interruption none is pending, and the cuts are to be the same."""
+    name, context = new_name("resumed"), 256 - 1
+    tokens = random_tokens(12, 6 * context)
+    ledger = Ledger(oracle)
+    ledger.turn(ask(client, COMPLETION, {"session": name}))
+    body = {"token_ids": tokens, "segment_tokens": 1000, "job_id": "j", "stream": True}
+    url = f"{server.url}/v1/memory/sessions/{name}/ingest"
+    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+        for line in answer.iter_lines():
+            if line and json.loads(line.removeprefix("data: "))["position"] > 0:
+                break
+    assert record_of(store, name).version == 1
+
+    resumed = sessions(server, "POST", f"/{name}/ingest", json=body)
+    first, *_, last = [
+        json.loads(line.removeprefix("data: ")) for line in resumed.text.split("\n\n")[:-2]
+    ]
+    assert 0 < first["position"] < len(tokens)
+    assert (last["done"], last["version"], last["position"]) == (True, 2, len(tokens))
+    fed = [*ledger.pending, *tokens]
+    for start in range(0, len(fed), context):
+        ledger.feed(fed[start : start + context])
+    ledger.pending, ledger.version = [], 2
+    ledger.check(record_of(store, name))
+
+
 # Refusals
 
 TURN = {"model": MODEL, "max_tokens": 4}
