@@ -23,7 +23,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -46,6 +45,7 @@ if not __package__:  # started as a file, not with `python -m`
 
 from benchmarks.common import console, environment, parser, progress, write_json
 from benchmarks.kill_points import MUTANTS, SITECUSTOMIZE, points
+from benchmarks.serving import free_port, start_redis, start_server, wait_until_healthy
 from deltamem_vllm.adapter import link_checkpoint, load_adapter
 from deltamem_vllm.models.registry import ARCHITECTURES
 from deltamem_vllm.sessions import open_store
@@ -58,7 +58,6 @@ CASE = DATA / "qwen3_tsw"
 SESSIONS = 8
 KEYED_DRIVERS = 2
 LEASE_SECONDS = 5
-START_TIMEOUT_S = 240
 SETTLE_TIMEOUT_S = 300
 TOLERANCE = 1e-5
 QUICK_SECONDS = 300
@@ -108,29 +107,14 @@ class Server:
 
     def start(self) -> None:
         """Start what does not run, and wait until it answers."""
+        log = self.folder / "server.log"
         if self.store == "redis" and (self.redis is None or self.redis.poll() is not None):
-            command = ["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1"]
-            command += ["--dir", str(self.folder / "redis"), "--save", "", "--appendonly", "yes"]
-            command += ["--appendfsync", "always", "--maxmemory-policy", "noeviction"]
-            self.redis = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-            wait_for_port(self.redis_port)
+            self.redis = start_redis(self.folder / "redis", self.redis_port)
         if self.process is None or self.process.poll() is not None:
-            with (self.folder / "server.log").open("ab") as log:
-                self.process = subprocess.Popen(
-                    self._command(),
-                    stdout=log,
-                    stderr=log,
-                    env=self._environment(),
-                    start_new_session=True,
-                )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=5).is_success:
-                    return
-            time.sleep(0.2)
-        log_end = (self.folder / "server.log").read_text(errors="replace")[-3000:]
-        raise RuntimeError(f"the server does not start; its log ends with: {log_end}")
+            self.process = start_server(
+                self.folder / "linked", self._flags(), self.port, log, self._environment()
+            )
+        wait_until_healthy(self.process, self.port, log)
 
     def kill_group(self) -> None:
         """SIGKILL to the API server and all its children."""
@@ -164,12 +148,10 @@ class Server:
         if self.redis is not None:
             self.kill_redis()
 
-    def _command(self) -> list[str]:
-        command = [str(Path(sys.executable).with_name("deltamem")), "serve"]
-        command += [str(self.folder / "linked"), "--store", self.url, "--host", "127.0.0.1"]
-        command += ["--port", str(self.port), "--served-model-name", "words"]
-        command += ["--dtype", "float32", "--max-model-len", "256", "--block-size", "32"]
-        return [*command, "--enforce-eager", "--max-num-seqs", "16"]
+    def _flags(self) -> list[str]:
+        flags = ["--store", self.url, "--served-model-name", "words", "--dtype", "float32"]
+        flags += ["--max-model-len", "256", "--block-size", "32"]
+        return [*flags, "--enforce-eager", "--max-num-seqs", "16"]
 
     def _environment(self) -> dict[str, str]:
         path = os.pathsep.join(
@@ -179,14 +161,11 @@ class Server:
             "PYTHONPATH": path,
             "DELTAMEM_LEASE_SECONDS": str(LEASE_SECONDS),
             "KILL_SESSIONS_FOLDER": str(self.folder / "armed"),
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_NO_USAGE_STATS": "1",
             "OMP_NUM_THREADS": "1",
         }
         if self.mutant is not None:
             given["KILL_SESSIONS_MUTANT"] = self.mutant
-        return {**os.environ, **given}
+        return given
 
 
 @dataclass
@@ -434,23 +413,6 @@ def measure(
         "wrong_states": sum(sample["wrong"] for sample in samples),
         "recovery_s_p50": statistics.median(sample["recovery_s"] for sample in samples),
     }
-
-
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_port(port: int) -> None:
-    """Wait until something listens there."""
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-            return
-        time.sleep(0.02)
-    raise RuntimeError(f"redis-server does not listen on port {port}")
 
 
 def engine_pid(server: int) -> int:

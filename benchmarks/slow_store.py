@@ -16,11 +16,8 @@ run, and the streams share the engine with them: that row is for comparison.
 
 import asyncio
 import os
-import shutil
 import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,10 +33,10 @@ if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import compare, console, environment, parser, progress, write_json
+from benchmarks.serving import free_port, start_redis, start_server, wait_until_healthy
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 
 MODEL = "demo"
-START_TIMEOUT_S = 300
 STREAM_TOKENS = 64
 STREAMS = 4
 TURNS = 4
@@ -78,26 +75,11 @@ async def delaying_proxy(target: int, delay: Delay) -> AsyncIterator[int]:
         yield int(server.sockets[0].getsockname()[1])
 
 
-def free_port() -> int:
-    """A loopback port that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 @contextmanager
 def redis_server(folder: Path) -> Iterator[int]:
     """A durable redis-server; its port."""
-    binary = shutil.which("redis-server")
-    if binary is None:
-        raise SystemExit("redis-server is not installed (apt-get install redis-server)")
     port = free_port()
-    settings = {"port": port, "bind": "127.0.0.1", "dir": folder, "save": ""}
-    settings |= {"appendonly": "yes", "appendfsync": "always", "logfile": folder / "redis.log"}
-    command = [binary]
-    for name, value in settings.items():
-        command += [f"--{name}", str(value)]
-    process = subprocess.Popen(command)
+    process = start_redis(folder, port)
     try:
         yield port
     finally:
@@ -108,32 +90,14 @@ def redis_server(folder: Path) -> Iterator[int]:
 @contextmanager
 def server(store: str, folder: Path) -> Iterator[str]:
     """`deltamem serve` with the demo model; its address."""
-    port = free_port()
-    command = [sys.executable, "-c", "from deltamem_vllm.cli import main; main()", "serve"]
-    command += [str(model_dir()), "--adapter", str(adapter_dir("tsw")), "--store", store]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL]
-    command += ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    quiet = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **quiet},
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
+    port, log = free_port(), folder / "server.log"
+    flags = ["--adapter", str(adapter_dir("tsw")), "--store", store]
+    flags += ["--served-model-name", MODEL, "--dtype", "float32"]
+    flags += ["--max-model-len", "1024", "--enforce-eager"]
+    process = start_server(model_dir(), flags, port, log, {})
     try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit((folder / "server.log").read_text()[-3000:])
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.3)
-        yield url
+        wait_until_healthy(process, port, log)
+        yield f"http://127.0.0.1:{port}"
     finally:
         os.killpg(process.pid, signal.SIGTERM)
         process.wait()
