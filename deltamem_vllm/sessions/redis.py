@@ -10,6 +10,7 @@ import binascii
 import math
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, Final, NoReturn
 
 from deltamem_vllm.errors import (
@@ -141,9 +142,7 @@ class RedisStore(SessionStore):
 
     def renew(self, lease: Lease, *, seconds: float) -> Lease:
         answer = self._write("renew", lease.key, _held(lease) | {"duration": _micros(seconds)})
-        return Lease(
-            lease.key, lease.owner, lease.token, lease.incarnation, lease.version, answer[1] / 1e6
-        )
+        return replace(lease, expires_at=answer[1] / 1e6)
 
     def release(self, lease: Lease) -> None:
         self._server.call("release", _named(lease.key) | _held(lease))

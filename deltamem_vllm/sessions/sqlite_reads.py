@@ -161,11 +161,7 @@ def find_reply(
 ) -> Reply | None:
     """See `SessionStore.find_reply`."""
     row = connection.execute(_REPLY, (key.tenant, key.fingerprint, key.name, turn_name)).fetchone()
-    if (
-        row is None
-        or _expired(clock, row[0], row[2], row[1])
-        or _expired(clock, row[0], row[3], None)
-    ):
+    if row is None or _gone(clock, *row[:4]):
         return None
     return Reply(request_hash=row[4], reply=revealed(row[5], row[6]), version=row[7])
 
@@ -175,11 +171,7 @@ def find_job(
 ) -> IngestJob | None:
     """See `SessionStore.find_job`."""
     row = connection.execute(_JOB, (key.tenant, key.fingerprint, key.name, job_id)).fetchone()
-    if (
-        row is None
-        or _expired(clock, row[0], row[2], row[1])
-        or _expired(clock, row[0], row[3], None)
-    ):
+    if row is None or _gone(clock, *row[:4]):
         return None
     return decode_job(revealed(row[4], row[5]))
 
@@ -295,6 +287,19 @@ def _expired(
         return False
     now = clock.now(kept_time)
     return expires_at <= now and (leased_until is None or leased_until <= now)
+
+
+def _gone(
+    clock: StoreClock,
+    kept_time: float,
+    leased_until: float | None,
+    session_expires_at: float | None,
+    expires_at: float,
+) -> bool:
+    """Whether what a session or a key has, a reply or an ingest, is over, or its session is."""
+    return _expired(clock, kept_time, session_expires_at, leased_until) or _expired(
+        clock, kept_time, expires_at, None
+    )
 
 
 def _kept_time(connection: sqlite3.Connection) -> float:

@@ -5,6 +5,7 @@ whatever they raise undoes all that they did.
 """
 
 import secrets
+from dataclasses import replace
 
 from deltamem_vllm.errors import ConflictError, SessionBusyError, SessionExistsError
 from deltamem_vllm.sessions.records import Lease, SessionKey, SessionRecord, Turn
@@ -73,14 +74,7 @@ def renew(tx: Transaction, lease: Lease, seconds: float) -> Lease:
         "UPDATE leases SET expires_at = ? WHERE tenant = ? AND name = ? AND fingerprint = ?",
         (expires_at, *place_of(tx, lease.key, found)),
     )
-    return Lease(
-        key=lease.key,
-        owner=lease.owner,
-        token=lease.token,
-        incarnation=lease.incarnation,
-        version=lease.version,
-        expires_at=expires_at,
-    )
+    return replace(lease, expires_at=expires_at)
 
 
 def release(tx: Transaction, lease: Lease) -> None:

@@ -9,6 +9,7 @@ Names and limits are checked here, once, for all stores; see `StoreOptions`.
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -257,14 +258,7 @@ class SessionStore(ABC):
 
 def advanced(lease: Lease, record: SessionRecord) -> Lease:
     """The lease after a commit that kept it."""
-    return Lease(
-        key=lease.key,
-        owner=lease.owner,
-        token=lease.token,
-        incarnation=record.incarnation,
-        version=record.version,
-        expires_at=lease.expires_at,
-    )
+    return replace(lease, incarnation=record.incarnation, version=record.version)
 
 
 def open_store(url: str, options: StoreOptions | None = None) -> SessionStore:
