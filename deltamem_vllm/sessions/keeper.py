@@ -2,12 +2,17 @@
 
 import logging
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
 
 from deltamem_vllm.errors import ConflictError, DeltaMemError
 from deltamem_vllm.sessions.records import Lease, SessionKey
 from deltamem_vllm.sessions.store import SessionStore
 
 logger = logging.getLogger(__name__)
+
+RENEWALS: Final = 32
+"""Leases that are renewed at a time."""
 
 
 class LeaseKeeper:
@@ -61,12 +66,16 @@ class LeaseKeeper:
         while not self._closing.wait(self._seconds / 3):
             with self._lock:
                 held = list(self._held.values())
-            for lease in held:
-                try:
-                    self._store.renew(lease, seconds=self._seconds)
-                except ConflictError as error:
-                    logger.warning("delta-mem: %s", error)
-                    self.forget(lease)
-                except DeltaMemError as error:
-                    # The store may be back before the lease runs out.
-                    logger.warning("delta-mem: a lease was not renewed: %s", error)
+            # At the same time: a slow store must not let the last ones run out.
+            with ThreadPoolExecutor(RENEWALS) as pool:
+                list(pool.map(self._renew_one, held))
+
+    def _renew_one(self, lease: Lease) -> None:
+        try:
+            self._store.renew(lease, seconds=self._seconds)
+        except ConflictError as error:
+            logger.warning("delta-mem: %s", error)
+            self.forget(lease)
+        except DeltaMemError as error:
+            # The store may be back before the lease runs out.
+            logger.warning("delta-mem: a lease was not renewed: %s", error)

@@ -1,0 +1,72 @@
+"""Leases that somebody keeps: they last while he lives, and run out when he is gone."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deltamem_vllm.errors import ConflictError, SessionBusyError
+from deltamem_vllm.sessions import Lease, SessionContent, SessionKey
+from deltamem_vllm.sessions.keeper import LeaseKeeper
+from deltamem_vllm.sessions.sqlite import SqliteStore
+
+LEASE_S = 1.0
+CONTENT = SessionContent(b"state")
+
+
+def key(number: int = 0) -> SessionKey:
+    return SessionKey("public", "f" * 64, f"s{number}")
+
+
+class SlowToRenew(SqliteStore):
+    """A store that takes its time; one renewal after another would let leases run out."""
+
+    def renew(self, lease: Lease, *, seconds: float) -> Lease:
+        time.sleep(LEASE_S / 5)
+        return super().renew(lease, seconds=seconds)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SqliteStore]:
+    with SqliteStore(f"sqlite://{tmp_path}/sessions.db") as opened:
+        yield opened
+
+
+def test_a_kept_lease_outlasts_its_time_and_runs_out_when_nobody_keeps_it(
+    store: SqliteStore,
+) -> None:
+    keeper = LeaseKeeper(store, "one", LEASE_S)
+    lease = keeper.acquire(key())
+    end = time.monotonic() + 2.5 * LEASE_S
+    while time.monotonic() < end:
+        with pytest.raises(SessionBusyError):
+            store.acquire(key(), "two", seconds=1)
+        time.sleep(0.05)
+    keeper.close()
+    time.sleep(1.2 * LEASE_S)
+    taken = store.acquire(key(), "two", seconds=60)
+    assert taken.token > lease.token
+    with pytest.raises(ConflictError):
+        store.commit(lease, CONTENT)
+
+
+def test_a_lease_that_was_given_back_is_not_renewed(store: SqliteStore) -> None:
+    keeper = LeaseKeeper(store, "one", LEASE_S)
+    keeper.release(keeper.acquire(key()))
+    other = store.acquire(key(), "two", seconds=60)
+    time.sleep(LEASE_S)
+    assert store.commit(other, CONTENT).version == 1
+    keeper.close()
+
+
+def test_many_leases_in_a_slow_store_are_all_kept(tmp_path: Path) -> None:
+    with SlowToRenew(f"sqlite://{tmp_path}/slow.db") as store:
+        keeper = LeaseKeeper(store, "one", LEASE_S)
+        leases = [keeper.acquire(key(number)) for number in range(24)]
+        time.sleep(2 * LEASE_S)
+        for number, lease in enumerate(leases):
+            with pytest.raises(SessionBusyError):
+                store.acquire(key(number), "two", seconds=60)
+            assert store.commit(lease, CONTENT).version == 1
+        keeper.close()
