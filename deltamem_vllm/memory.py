@@ -57,14 +57,14 @@ class Memory(BaseModel):
     on_busy: Literal["wait", "conflict"] = "wait"
     """What to do while another turn runs on the session."""
 
-    max_wait: float | None = Field(default=None, ge=0)
+    max_wait: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Seconds to wait for other turns; None is the server's choice."""
 
     on_divergence: Literal["reset", "fork"] | None = None
     """What to do with a history that is not the one that was written: start from an empty memory,
     or from the newest version that fits; None refuses it."""
 
-    ttl: float | None = Field(default=None, gt=0)
+    ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Seconds after its last turn until the session expires; None leaves that as it is."""
 
     def __init__(self, **fields: object) -> None:

@@ -221,7 +221,7 @@ async def import_session(
     session: str,
     raw_request: Request,
     model: Model = None,
-    ttl: Annotated[float | None, Query(gt=0)] = None,
+    ttl: Annotated[float | None, Query(gt=0, allow_inf_nan=False)] = None,
 ) -> SessionDetail:
     """Make a session of a file that `export` gave."""
     service = service_of(raw_request)

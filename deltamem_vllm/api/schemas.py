@@ -201,9 +201,9 @@ class IngestRequest(_Body):
     version: int | None = Field(default=None, ge=0)
     """Fail unless this is the session's version."""
 
-    ttl: float | None = Field(default=None, gt=0)
+    ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_busy: Literal["wait", "conflict"] = "wait"
-    max_wait: float | None = Field(default=None, ge=0)
+    max_wait: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     stream: bool = False
     """Report progress as server-sent events."""
 
