@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from deltamem_vllm.api.boundaries import Render, pending_after, split_boundary, turn_terminator
 from deltamem_vllm.api.folding import FoldPlan, plan_fold
-from deltamem_vllm.api.messages import Message, hash_chain, hash_message, tenant_key
+from deltamem_vllm.api.messages import Message, hash_chain, tenant_key
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
 from deltamem_vllm.memory import Memory
@@ -125,11 +125,12 @@ class Conversations:
         Args:
             plan: the turn's.
             key: the session.
-            message: the reply as the client gets it.
+            message: the reply as the client gets it. Servers may name its role as they like;
+                whoever sends it back must call it the assistant's.
         """
         if plan.chain is None or message is None:
             return None
-        return (*plan.chain, hash_message(message, tenant_key(self._secret, key.tenant)))
+        return (*plan.chain, *self.chain_of([{**message, "role": "assistant"}], key.tenant))
 
     def chain_of(self, messages: Sequence[Message], tenant: str) -> tuple[bytes, ...]:
         """Hashes of a tenant's messages."""

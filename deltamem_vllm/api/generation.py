@@ -174,7 +174,7 @@ class Generation:
             return _error_response(reply)
         if hasattr(reply, "model_dump"):
             usage.outcome = "answered"
-            return _json(replies.with_report(reply.model_dump(), report))
+            return _json(raw, replies.with_report(reply.model_dump(), report))
         events = _with_report(reply, engine_turn, report, usage)
         return UsageStream(_kept_alive(raw, events), usage)
 
@@ -234,7 +234,7 @@ class Generation:
                 return [replies.with_report(body, report)], 0
 
             chunks = await self._commit(ending, body["choices"][0].get("message"), make)
-            return _json(chunks[0])
+            return _json(asked.raw, chunks[0])
         events = _kept_alive(asked.raw, self._hold_back(ending, reply))
         return TurnStream(service.turns, turn, events, usage)
 
@@ -339,7 +339,7 @@ class Generation:
         chunks, report = replies.replayed(reply)
         asked.usage.outcome, asked.usage.version = "replayed", report.version
         if not reply.is_stream:
-            return _json(chunks[0])
+            return _json(asked.raw, chunks[0])
 
         async def events() -> AsyncIterator[str]:
             for chunk in chunks:
@@ -374,8 +374,7 @@ async def stock_answer(request: GenerationRequest, raw: Request, run: Run) -> Re
     if isinstance(reply, ErrorResponse):
         return _error_response(reply)
     if hasattr(reply, "model_dump"):
-        load_format = raw.headers.get(LOAD_FORMAT_HEADER, "")
-        return JSONResponse(reply.model_dump(), headers=metrics_header(load_format))
+        return JSONResponse(reply.model_dump(), headers=_load(raw))
     return StreamingResponse(_kept_alive(raw, reply), media_type="text/event-stream")
 
 
@@ -427,8 +426,13 @@ def _automatic_name(base_version: int, request_hash: bytes) -> str:
     return f"auto:{base_version}:{request_hash.hex()}"
 
 
-def _json(body: str) -> Response:
-    return Response(body, media_type="application/json")
+def _json(raw: Request, body: str) -> Response:
+    return Response(body, media_type="application/json", headers=_load(raw))
+
+
+def _load(raw: Request) -> Any:
+    """The server's load in a header, for a load balancer that asks for it."""
+    return metrics_header(raw.headers.get(LOAD_FORMAT_HEADER, ""))
 
 
 def _error_response(reply: Any) -> JSONResponse:
