@@ -1,5 +1,8 @@
 """A stored session as a file, and back: what joins the stores' records and the file's form."""
 
+from collections.abc import Iterable
+
+from deltamem_vllm.errors import SnapshotError
 from deltamem_vllm.sessions import SessionContent, SessionRecord
 from deltamem_vllm.state.fingerprint import FingerprintParts
 from deltamem_vllm.state.snapshot import StateShape
@@ -30,3 +33,13 @@ def import_content(data: bytes, parts: FingerprintParts, shape: StateShape) -> S
         message_chain=file.message_chain,
         metadata=file.metadata,
     )
+
+
+def check_vocabulary(tokens: Iterable[int], vocab_size: int) -> None:
+    """Refuse the pending tokens of a file if the model does not have them.
+
+    Raises:
+        SnapshotError: one is outside its vocabulary.
+    """
+    if any(token >= vocab_size for token in tokens):
+        raise SnapshotError("the file's pending tokens are not in the model's vocabulary.")

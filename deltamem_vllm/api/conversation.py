@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from deltamem_vllm.api.boundaries import Render, pending_after, split_boundary, turn_terminator
-from deltamem_vllm.api.folding import FoldPlan, plan_fold
+from deltamem_vllm.api.boundaries import Render, pending_after, turn_terminator
+from deltamem_vllm.api.folding import fold
 from deltamem_vllm.api.messages import Message, hash_chain, tenant_key
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
@@ -83,7 +83,7 @@ class Conversations:
             versions: those kept, newest first.
 
         Raises:
-            MemoryRequestError, ConflictError: see `plan_fold`.
+            MemoryRequestError, ConflictError: see `fold`.
         """
         current = versions[0] if versions else None
         if not isinstance(request, MemoryChatRequest):
@@ -146,38 +146,23 @@ class Conversations:
         *,
         writes: bool,
     ) -> Plan:
-        assert memory.window is not None
-        render = self._render(request)
-        messages, window = body["messages"], memory.window
-
-        def plan() -> Plan:
-            fold = plan_fold(
-                messages,
-                versions,
-                window,
-                memory.on_divergence,
-                tenant_key(self._secret, key.tenant),
-                lambda some: len(render(some, add_generation_prompt=False)),
-                writes=writes,
-            )
-            shown = [*fold.standing, *fold.reread, *fold.fresh]
-            prompt = render(shown, add_generation_prompt=True)
-            reread = 0
-            if writes:
-                reread = split_boundary(
-                    render, fold.standing, fold.reread, fold.fresh, prompt=prompt
-                )
-            bases = (record for record in versions if record.version == fold.base_version)
-            return Plan(
-                request=_showing(request, body, shown),
-                base=next(bases, None),
-                ingest=_ingested(render, fold),
-                reread=reread,
-                chain=fold.chain_after_prompt,
-                tokens_saved=_saved(render, fold, len(prompt)),
-            )
-
-        return await asyncio.to_thread(plan)
+        folded = await asyncio.to_thread(
+            fold,
+            body["messages"],
+            versions,
+            memory,
+            tenant_key(self._secret, key.tenant),
+            self._render(request),
+            writes=writes,
+        )
+        return Plan(
+            request=_showing(request, body, folded.shown),
+            base=folded.base,
+            ingest=folded.ingest,
+            reread=folded.reread,
+            chain=folded.chain,
+            tokens_saved=folded.tokens_saved,
+        )
 
     async def _terminator(self, request: MemoryChatRequest) -> tuple[int, ...]:
         """What the request's template puts behind a reply. Empty if it cannot be told."""
@@ -207,28 +192,6 @@ class Conversations:
             return asyncio.run_coroutine_threadsafe(rendering, loop).result()
 
         return render
-
-
-def _ingested(render: Render, fold: FoldPlan) -> tuple[int, ...]:
-    """The tokens of messages that are written without being shown.
-
-    They are rendered behind the standing ones, which stay out, as in the prompt.
-    """
-    if not fold.ingest:
-        return ()
-    tokens = render([*fold.standing, *fold.ingest], add_generation_prompt=False)
-    start = split_boundary(
-        render, fold.standing, (), fold.ingest, add_generation_prompt=False, prompt=tokens
-    )
-    return tuple(tokens[start:])
-
-
-def _saved(render: Render, fold: FoldPlan, num_shown: int) -> int:
-    """By how many tokens the full history would be longer than the prompt."""
-    if not (fold.saved or fold.ingest):
-        return 0
-    history = [*fold.standing, *fold.saved, *fold.reread, *fold.ingest, *fold.fresh]
-    return max(0, len(render(history, add_generation_prompt=True)) - num_shown)
 
 
 def _showing(

@@ -1,14 +1,15 @@
 """A full history folded into what a session knows and what the model is shown.
 
 `plan_fold` compares the history that a client sends with the versions kept of its session, and
-sorts its messages; see `docs/folding.md`. It only plans: nothing is loaded, rendered or written.
+sorts its messages; see `docs/folding.md`. `fold` also makes tokens of them, with the model's chat
+template. Nothing is loaded or written here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from deltamem_vllm.api.boundaries import common_prefix
+from deltamem_vllm.api.boundaries import Render, common_prefix, split_boundary
 from deltamem_vllm.api.messages import (
     STANDING_ROLES,
     Message,
@@ -17,7 +18,7 @@ from deltamem_vllm.api.messages import (
     texts_of,
 )
 from deltamem_vllm.errors import ConflictError, MemoryRequestError
-from deltamem_vllm.memory import Window
+from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
 
 OnDivergence = Literal["reset", "fork"] | None
@@ -52,6 +53,98 @@ class FoldPlan:
     chain_after_prompt: tuple[bytes, ...]
     """Hashes of all messages but the standing ones. The version after the turn holds these, and
     that of the reply."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A history as a turn needs it."""
+
+    base: SessionRecord | None
+    """The version that the turn grows out of; None for an empty memory."""
+
+    shown: tuple[Message, ...]
+    """The prompt's messages."""
+
+    ingest: tuple[int, ...]
+    """Tokens to write before."""
+
+    reread: int
+    """Tokens at the prompt's start that are read and not written."""
+
+    chain: tuple[bytes, ...]
+    """Hashes of all messages when the prompt is written."""
+
+    tokens_saved: int
+    """Of the history, and not in the prompt."""
+
+
+def fold(
+    messages: Sequence[Message],
+    versions: Sequence[SessionRecord],
+    memory: Memory,
+    key: bytes,
+    render: Render,
+    *,
+    writes: bool,
+) -> Fold:
+    """Fold a history.
+
+    Args:
+        messages: the full history, oldest first.
+        versions: those kept of the session, newest first; a reading turn's is the only one.
+        memory: has a window.
+        key: see `hash_message`.
+        render: the model's chat template.
+        writes: see `plan_fold`.
+
+    Raises:
+        MemoryRequestError, ConflictError: see `plan_fold` and `split_boundary`.
+    """
+    assert memory.window is not None
+    plan = plan_fold(
+        messages,
+        versions,
+        memory.window,
+        memory.on_divergence,
+        key,
+        lambda some: len(render(some, add_generation_prompt=False)),
+        writes=writes,
+    )
+    shown = (*plan.standing, *plan.reread, *plan.fresh)
+    prompt = render(shown, add_generation_prompt=True)
+    reread = 0
+    if writes:
+        reread = split_boundary(render, plan.standing, plan.reread, plan.fresh, prompt=prompt)
+    return Fold(
+        base=next((one for one in versions if one.version == plan.base_version), None),
+        shown=shown,
+        ingest=_ingested(render, plan),
+        reread=reread,
+        chain=plan.chain_after_prompt,
+        tokens_saved=_saved(render, plan, len(prompt)),
+    )
+
+
+def _ingested(render: Render, plan: FoldPlan) -> tuple[int, ...]:
+    """The tokens of messages that are written without being shown.
+
+    They are rendered behind the standing ones, which stay out, as in the prompt.
+    """
+    if not plan.ingest:
+        return ()
+    tokens = render([*plan.standing, *plan.ingest], add_generation_prompt=False)
+    start = split_boundary(
+        render, plan.standing, (), plan.ingest, add_generation_prompt=False, prompt=tokens
+    )
+    return tuple(tokens[start:])
+
+
+def _saved(render: Render, plan: FoldPlan, num_shown: int) -> int:
+    """By how many tokens the full history would be longer than the prompt."""
+    if not (plan.saved or plan.ingest):
+        return 0
+    history = [*plan.standing, *plan.saved, *plan.reread, *plan.ingest, *plan.fresh]
+    return max(0, len(render(history, add_generation_prompt=True)) - num_shown)
 
 
 def plan_fold(

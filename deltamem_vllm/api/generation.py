@@ -224,8 +224,9 @@ class Generation:
         if isinstance(reply, ErrorResponse):
             usage.give_up()
             return _error_response(reply)
-        name = asked.turn_name
-        kept_as = _given_name(name) if name else _automatic_name(plan.base_version, asked.hash)
+        kept_as = _automatic_name(plan.base_version, asked.hash)
+        if asked.turn_name is not None:
+            kept_as = replies.given_name(asked.turn_name)
         ending = _Ending(asked, turn, engine_turn, plan, kept_as)
         if hasattr(reply, "model_dump"):
             body = reply.model_dump()
@@ -328,7 +329,7 @@ class Generation:
         """
         find = self._service.turns.find_reply
         if asked.turn_name is not None:
-            return await find(turn, _given_name(asked.turn_name), asked.hash)
+            return await find(turn, replies.given_name(asked.turn_name), asked.hash)
         current = turn.current
         if current is None or not (asked.memory.window is not None or asked.is_retry):
             return None
@@ -391,6 +392,11 @@ def _refuse(request: GenerationRequest) -> None:
     if request.use_beam_search and request.stream:
         raise MemoryRequestError("memory cannot be combined with beam search in a stream.")
     if memory.writes:
+        if getattr(request, "chat_template", None) is not None:
+            raise MemoryRequestError(
+                "chat_template with read_write memory: sessions belong to the server's template "
+                "(--chat-template). Leave it out, or use read_only."
+            )
         if request.max_tokens == 0:
             raise MemoryRequestError(
                 "max_tokens=0 with read_write memory: to write without generating, use the ingest "
@@ -416,10 +422,6 @@ def _refuse(request: GenerationRequest) -> None:
         )
     if request.truncate_prompt_tokens is not None:
         raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
-
-
-def _given_name(name: str) -> str:
-    return f"key:{name}"
 
 
 def _automatic_name(base_version: int, request_hash: bytes) -> str:

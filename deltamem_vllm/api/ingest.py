@@ -1,18 +1,85 @@
 """Writing text of any length into a memory, without generating."""
 
+import hashlib
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any, Final
 
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.door import EngineDoor
+from deltamem_vllm.api.schemas import IngestReport, IngestRequest
 from deltamem_vllm.engine.turn import begin, segments
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import MemoryRequestError, TurnMismatchError
 from deltamem_vllm.sessions import SessionContent
 from deltamem_vllm.state.snapshot import StateShape
 
+SOURCES: Final = ("messages", "text", "token_ids")
+"""Fields of an `IngestRequest`, of which it has one."""
+
 SEGMENT_TOKENS: Final = "segment_tokens"
 """Key of a session's metadata."""
+
+
+def asked_hash(body: IngestRequest) -> bytes:
+    """Of what is to be written, and how; for ingests with a name."""
+    asked = body.model_dump(include={*SOURCES, "segment_tokens"})
+    return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def reply_name(job_id: str) -> str:
+    """Under which the report of an ingest is kept."""
+    return f"ingest:{job_id}"
+
+
+def check_same(job_id: str, asked: bytes, kept: bytes) -> None:
+    """Refuse another ingest under a name that was used.
+
+    Raises:
+        TurnMismatchError: the two hashes differ.
+    """
+    if asked != kept:
+        raise TurnMismatchError(
+            f"job {job_id!r} was begun with another text. Give every ingest its own job_id."
+        )
+
+
+def ingest_report(
+    session: str,
+    job_id: str,
+    content: SessionContent | None,
+    *,
+    version: int,
+    tokens: int,
+    position: int,
+    done: bool = False,
+) -> IngestReport:
+    """What an ingest did so far: see `IngestReport`."""
+    return IngestReport(
+        session=session,
+        job_id=job_id,
+        done=done,
+        tokens=tokens,
+        position=position,
+        version=version,
+        tokens_written=0 if content is None else content.tokens_written,
+    )
+
+
+def segment_size(content: SessionContent | None, asked: int | None, default: int) -> int:
+    """See `Ingester.segment_tokens`."""
+    chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
+    if chosen is not None and asked not in (None, chosen):
+        raise MemoryRequestError(
+            f"the session is written in segments of {chosen} tokens, not {asked}. Leave "
+            "segment_tokens out."
+        )
+    return int(chosen or asked or default)
+
+
+def segment_written(content: SessionContent, segment_tokens: int) -> SessionContent:
+    """A session that keeps the size of its segments."""
+    return replace(content, metadata={**content.metadata, SEGMENT_TOKENS: segment_tokens})
 
 
 class Ingester:
@@ -42,13 +109,7 @@ class Ingester:
         Raises:
             MemoryRequestError: `asked` is another number.
         """
-        chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
-        if chosen is not None and asked not in (None, chosen):
-            raise MemoryRequestError(
-                f"the session is written in segments of {chosen} tokens, not {asked}. Leave "
-                "segment_tokens out."
-            )
-        return int(chosen or asked or self._default_segment)
+        return segment_size(content, asked, self._default_segment)
 
     async def write(
         self,
@@ -59,9 +120,6 @@ class Ingester:
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
         """Write `tokens` after what a session holds.
-
-        Pending tokens count as the beginning of the first segment, so an ingest that goes on after
-        a segment makes the same cuts as one that was never interrupted.
 
         Args:
             content: the session; None for an empty memory.
@@ -74,16 +132,12 @@ class Ingester:
         """
         size = min(segment_tokens, self._max_segment)
         pending = 0 if content is None else len(content.pending_token_ids)
-        first = max(1, size - pending)
         written = 0
-        for segment in (tokens[:first], *segments(tokens[first:], size)):
+        for segment in segments(tokens, size, pending):
             start = begin("read_write", content, self._shape)
             state = await self._door.feed(start, list(segment), **engine_kwargs)
             fed = len(start.pending) + len(segment)
-            content = start.content(state, fed, pending=())
-            content = replace(
-                content, metadata={**content.metadata, SEGMENT_TOKENS: segment_tokens}
-            )
+            content = segment_written(start.content(state, fed, pending=()), segment_tokens)
             written += len(segment)
             metrics.INGESTED_TOKENS.inc(len(segment))
             yield written, content

@@ -1,18 +1,18 @@
 """The ingest route: one version per text, however many segments it takes."""
 
-import hashlib
 import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from deltamem_vllm.api import metrics
+from deltamem_vllm.api.ingest import SOURCES, asked_hash, check_same, ingest_report, reply_name
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatRequest
@@ -20,11 +20,9 @@ from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
-from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError, TurnMismatchError
+from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
-
-SOURCES: Final = ("messages", "text", "token_ids")
 
 
 @dataclass(frozen=True)
@@ -40,13 +38,30 @@ class _Job:
 
     @cached_property
     def hash(self) -> bytes:
-        """Of what is to be written, and how."""
-        asked = self.body.model_dump(include={*SOURCES, "segment_tokens"})
-        return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
+        return asked_hash(self.body)
 
     @property
     def reply_name(self) -> str:
-        return f"ingest:{self.job_id}"
+        return reply_name(self.job_id)
+
+    def report(
+        self,
+        content: SessionContent | None,
+        *,
+        version: int,
+        tokens: int,
+        position: int,
+        done: bool = False,
+    ) -> IngestReport:
+        return ingest_report(
+            self.key.name,
+            self.job_id,
+            content,
+            version=version,
+            tokens=tokens,
+            position=position,
+            done=done,
+        )
 
 
 class Ingests:
@@ -95,7 +110,7 @@ class Ingests:
         turns, store = self._service.turns, self._service.turns.store
         kept = await turns.call(store.find_reply, job.key, job.reply_name)
         if kept is not None:
-            self._check_same(job, kept.request_hash)
+            check_same(job.job_id, job.hash, kept.request_hash)
             metrics.REPLAYS.inc()
             job.usage.outcome, job.usage.version = "replayed", kept.version
             report = json.loads(kept.reply)
@@ -110,15 +125,17 @@ class Ingests:
         content = None if turn.current is None else turn.current.content
         size = self._service.ingester.segment_tokens(content, job.body.segment_tokens)
         tokens, chain = await self._source(job, model)
+        if not tokens:
+            raise MemoryRequestError("there is no token in it to write.")
         job.usage.ingested_tokens = len(tokens)
         job.usage.tokens_before = 0 if content is None else content.tokens_written
         position = 0
         found = await turns.call(store.find_job, job.key, job.job_id)
         if found is not None:
-            self._check_same(job, found.request_hash)
+            check_same(job.job_id, job.hash, found.request_hash)
             if found.base_version == version:
                 content, position = found.content, found.position
-        yield self._report(job, version, content, len(tokens), position)
+        yield job.report(content, version=version, tokens=len(tokens), position=position)
         writing = self._service.ingester.write(
             content, tokens[position:], segment_tokens=size, lora_request=job.lora
         )
@@ -131,9 +148,11 @@ class Ingests:
                     turn.lease,
                     IngestJob(job.job_id, job.hash, version, content, position),
                 )
-                yield self._report(job, version, content, len(tokens), position)
+                yield job.report(content, version=version, tokens=len(tokens), position=position)
         assert content is not None
-        report = self._report(job, version + 1, content, len(tokens), position, done=True)
+        report = job.report(
+            content, version=version + 1, tokens=len(tokens), position=position, done=True
+        )
         await turns.commit(
             turn,
             replace(content, message_chain=(*content.message_chain, *chain)),
@@ -164,32 +183,6 @@ class Ingests:
             request, body.messages, add_generation_prompt=False
         )
         return tokens, chain
-
-    def _check_same(self, job: _Job, request_hash: bytes) -> None:
-        if request_hash != job.hash:
-            raise TurnMismatchError(
-                f"job {job.job_id!r} was begun with another text. Give every ingest its own job_id."
-            )
-
-    def _report(
-        self,
-        job: _Job,
-        version: int,
-        content: SessionContent | None,
-        tokens: int,
-        position: int,
-        *,
-        done: bool = False,
-    ) -> IngestReport:
-        return IngestReport(
-            session=job.key.name,
-            job_id=job.job_id,
-            done=done,
-            tokens=tokens,
-            position=position,
-            version=version,
-            tokens_written=0 if content is None else content.tokens_written,
-        )
 
 
 async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:

@@ -13,6 +13,11 @@ EVENT: Final = "data: "
 DONE: Final = "data: [DONE]\n\n"
 
 
+def given_name(name: str) -> str:
+    """Under which the reply of a turn is kept that its client named."""
+    return f"key:{name}"
+
+
 def with_report(body: dict[str, Any], report: MemoryReport) -> str:
     """A reply's body as JSON, with its memory."""
     return json.dumps(

@@ -27,7 +27,7 @@ from deltamem_vllm.api.schemas import (
 from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.engine.compat import load_aware_call, validate_json_request, with_cancellation
 from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
-from deltamem_vllm.portable import export_record, import_content
+from deltamem_vllm.portable import check_vocabulary, export_record, import_content
 
 SNAPSHOT_TYPE = "application/vnd.safetensors"
 
@@ -233,8 +233,7 @@ async def import_session(
     parts = service.fingerprints.of(service.lora(model))
     content = await service.turns.call(import_content, bytes(data), parts, service.shape)
     vocabulary = raw_request.app.state.vllm_config.model_config.get_vocab_size()
-    if any(token >= vocabulary for token in content.pending_token_ids):
-        raise MemoryRequestError("the file's pending tokens are not in the model's vocabulary.")
+    check_vocabulary(content.pending_token_ids, vocabulary)
     record = await service.turns.call(service.turns.store.create, key, content, ttl=ttl)
     return SessionDetail.of((record,))
 

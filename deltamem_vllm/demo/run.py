@@ -43,7 +43,6 @@ GROUPS: Final[tuple[tuple[Kind, int], ...]] = (
 """What is asked for: the kind of fact, and how many facts its conversation tells."""
 
 ANSWER: Final = SamplingParams(temperature=0, max_tokens=24)
-WRITE: Final = SamplingParams(temperature=0, max_tokens=1)
 
 
 @dataclass
@@ -97,7 +96,7 @@ def run(conversations_per_group: int, console: Console) -> Report:
             run_adapter(llm, name, groups, report, console)
         finally:
             # Engines of one process share its process groups: one at a time.
-            llm.llm_engine.engine_core.shutdown()
+            llm.close()
     return report
 
 
@@ -122,9 +121,8 @@ def run_adapter(
             f"  {kind}, {facts} fact(s): "
             + ", ".join(f"{key} {cell.accuracy:.2f}" for key, cell in conditions.items())
         )
-    report.state_bytes[name] = sum(
-        state.nbytes for state in llm.sessions[session(name, 0)].state.values()
-    )
+    snapshot = next(iter(llm.sessions.values()))
+    report.state_bytes[name] = sum(state.nbytes for state in snapshot.state.values())
 
 
 def text_conditions(llm: MemoryLLM, conversations: Sequence[Conversation]) -> dict[str, Cell]:
@@ -144,39 +142,37 @@ def memory_conditions(
 
     As a control, each question is also asked of another conversation's session.
     """
-    llm.sessions.clear()
-    names = [session(name, index) for index in range(len(conversations))]
-    llm.chat(
-        [told(one) for one in conversations],
-        WRITE,
-        memory=[Memory(session=one) for one in names],
-        add_generation_prompt=False,
-        use_tqdm=False,
-    )
-    llm.reset_prefix_cache()
+    own = [Memory(session=one, mode="read_only") for one in write(llm, conversations)]
     alone = [question(one) for one in conversations]
-    own = [Memory(session=one, mode="read_only") for one in names]
     return {
         name: graded(conversations, ask(llm, alone, own)),
         f"{name}, {OTHER}": graded(conversations, ask(llm, alone, own[1:] + own[:1])),
     }
 
 
+def write(llm: MemoryLLM, conversations: Sequence[Conversation]) -> list[str]:
+    """Write every conversation into a new session, and forget all else; the sessions' names."""
+    first = len(llm.sessions)
+    names = [f"conversation {first + index}" for index in range(len(conversations))]
+    llm.ingest(names, [told(one) for one in conversations], use_tqdm=False)
+    llm.reset_prefix_cache()
+    return names
+
+
 def show_one(llm: MemoryLLM, conversation: Conversation, console: Console) -> None:
     """One conversation in full, so that a reader sees what is done."""
-    (cell,) = [memory_conditions(llm, "tsw", [conversation])["tsw"]]
+    (name,) = write(llm, [conversation])
     console.print("\nTold, in a request of its own:")
     for message in told(conversation):
         console.print(f"  [dim]{message['role']}:[/dim] {message['content']}")
     console.print("Text dropped, KV cache reset; only the session's state is left. Asked:")
     console.print(f"  [dim]user:[/dim] {conversation.questions[0].text}")
-    (output,) = ask(
-        llm, [question(conversation)], Memory(session=session("tsw", 0), mode="read_only")
-    )
+    (output,) = ask(llm, [question(conversation)], Memory(session=name, mode="read_only"))
     console.print(f"  [dim]with the memory:[/dim] {output.outputs[0].text.strip()}")
+    right = graded([conversation], [output]).right
     (output,) = ask(llm, [question(conversation)], OFF)
     console.print(f"  [dim]without:[/dim] {output.outputs[0].text.strip()}")
-    verdict = "right" if cell.right else "wrong"
+    verdict = "right" if right else "wrong"
     console.print(f"  ({conversation.questions[0].answer!r} was expected: {verdict})\n")
 
 
@@ -203,10 +199,6 @@ def told(conversation: Conversation) -> list[dict[str, str]]:
 
 def question(conversation: Conversation) -> list[dict[str, str]]:
     return [{"role": "user", "content": conversation.questions[0].text}]
-
-
-def session(adapter: str, index: int) -> str:
-    return f"{adapter} {index}"
 
 
 def kv_bytes_per_token(llm: MemoryLLM) -> int:

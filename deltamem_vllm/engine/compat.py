@@ -42,7 +42,7 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.renderers import TokenizeParams
+from vllm.renderers import ChatParams, TokenizeParams
 from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
 from vllm.v1.attention.backend import (
@@ -171,6 +171,7 @@ __all__ = [
     "AttentionSpec",
     "ChatCompletionRequest",
     "ChatCompletionResponse",
+    "ChatParams",
     "CommonAttentionMetadata",
     "CompletionRequest",
     "CompletionResponse",

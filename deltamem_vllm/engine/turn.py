@@ -135,7 +135,19 @@ def begin(
     return Start(before, args, pending, reread if mode == "read_write" else 0)
 
 
-def segments(tokens: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """Cut a text of any length into consecutive pieces for one request each."""
-    for start in range(0, len(tokens), size):
+def segments(tokens: Sequence[int], size: int, num_pending: int = 0) -> Iterator[Sequence[int]]:
+    """Cut a text of any length into consecutive pieces for one request each.
+
+    Pending tokens count as the beginning of the first piece, so a text that goes on after a piece
+    is cut as one that was never interrupted.
+
+    Args:
+        tokens: the text.
+        size: tokens per request.
+        num_pending: tokens that go before the text.
+    """
+    first = max(1, size - num_pending)
+    if tokens:
+        yield tokens[:first]
+    for start in range(first, len(tokens), size):
         yield tokens[start : start + size]

@@ -101,7 +101,8 @@ def test_backbone_agrees_with_the_oracle(name: str, tmp_path: Path) -> None:
             torch.testing.assert_close(
                 actual, answer.logprobs[len(tokens) - 1 :], rtol=0, atol=1e-4
             )
-            snapshot = llm.sessions.pop(str(index))
+            snapshot = llm.sessions[str(index)]
+            del llm.sessions[str(index)]
             for layer, state in answer.state.items():
                 tolerance = 1e-5 * max(1.0, state.abs().max().item())
                 torch.testing.assert_close(snapshot.state[layer], state, rtol=0, atol=tolerance)

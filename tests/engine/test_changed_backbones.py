@@ -147,7 +147,7 @@ def test_turns_with_a_lora_equal_those_of_the_merged_weights(
             use_tqdm=False,
         )
         for name, state in states.items():
-            assert_states_close(llm.sessions[name].state, state)
+            assert_states_close(llm.sessions_with(request)[name].state, state)
         without = run(llm, [Memory(session=f"without {index}") for index in range(3)])
         assert all((a - b).abs().max() > 1e-2 for a, b in zip(without, expected, strict=True))
 

@@ -21,7 +21,7 @@ from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadata
 from deltamem_vllm.engine.connector import DeltaMemConnector
 from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.models.registry import ARCHITECTURES, MODEL_CLASSES
-from deltamem_vllm.offline import PER_PROMPT
+from deltamem_vllm.offline.llm import PER_PROMPT
 
 ATTENTION_CLASSES = [
     qwen2.Qwen2Attention,

@@ -70,7 +70,8 @@ def run_and_check(llm: MemoryLLM, prompts: list[list[int]], max_tokens: int = 4)
         actual = full_logprobs(output.outputs[0].logprobs)
         expected = answer.logprobs[len(tokens) - 1 :]
         torch.testing.assert_close(actual, expected, rtol=0, atol=LOGPROB_TOLERANCE)
-        snapshot = llm.sessions.pop(name)
+        snapshot = llm.sessions[name]
+        del llm.sessions[name]
         assert snapshot.tokens_written == len(tokens) + len(sampled) - 1
         for layer, state in answer.state.items():
             tolerance = STATE_TOLERANCE * max(1.0, state.abs().max().item())

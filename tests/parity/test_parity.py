@@ -1,6 +1,9 @@
 """Golden cases of the published reference, through the real engine."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +11,15 @@ from safetensors.torch import load_file
 from vllm import SamplingParams, TokensPrompt
 
 from deltamem_vllm import Memory, MemoryLLM
-from tests.helpers import DATA, VOCAB, full_logprobs
+from tests.helpers import DATA, VOCAB, full_logprobs, running
+from tests.sessions.servers import RedisProcess
 
 TOKEN_WISE = ["qwen3_tsw", "qwen3_msw4", "qwen3_qkvo_uncoupled", "qwen3_scaled"]
 LOGPROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-5
 
 
-def open_case(name: str) -> MemoryLLM:
+def open_case(name: str, **arguments: Any) -> MemoryLLM:
     return MemoryLLM(
         str(DATA / name / "model"),
         adapter=str(DATA / name / "adapter"),
@@ -24,6 +28,7 @@ def open_case(name: str) -> MemoryLLM:
         max_logprobs=VOCAB,
         enforce_eager=True,
         skip_tokenizer_init=True,
+        **arguments,
     )
 
 
@@ -83,7 +88,7 @@ def test_token_wise_case_matches_the_reference(name: str) -> None:
 
     read, _ = turn(llm, query, 1, Memory(session="a", mode="read_only"))
     assert_close(read, golden["read_logits"])
-    assert llm.sessions["a"] is snapshot
+    assert_states(llm.sessions["a"].state, golden, "state.")
     empty, _ = turn(llm, query, 1, Memory(session="never written", mode="read_only"))
     assert_close(empty, golden["empty_logits"])
 
@@ -91,21 +96,36 @@ def test_token_wise_case_matches_the_reference(name: str) -> None:
     assert_states(llm.sessions["prompt only"].state, golden, "prompt_state.")
 
 
-def test_session_case_matches_the_reference_turn_by_turn() -> None:
+@pytest.fixture(params=["sqlite", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of an empty store."""
+    if request.param == "sqlite":
+        yield f"sqlite://{tmp_path}/sessions.db"
+        return
+    server = RedisProcess(tmp_path)
+    yield server.url()
+    server.stop()
+
+
+def test_session_case_matches_the_reference_across_restarts(store: str) -> None:
+    """Every turn in an engine of its own, which knows of the others by the store alone."""
     name = "qwen3_session"
     golden = load_file(DATA / name / "golden.safetensors")
     turns = json.loads((DATA / name / "meta.json").read_text())["turns"]
-    llm = open_case(name)
+    pending: list[int] = []
     for index, expected in enumerate(turns):
         prompt = golden[f"turn{index}.prompt"].tolist()
         # From the second turn on, the golden prompt begins with the last turn's pending token,
         # which the session feeds by itself.
-        pending = list(llm.sessions["a"].pending_token_ids) if index else []
         assert prompt[: len(pending)] == pending
-        logprobs, tokens = turn(
-            llm, prompt[len(pending) :], len(expected["greedy"]), Memory(session="a")
-        )
+        with running(open_case(name, store=store)) as llm:
+            logprobs, tokens = turn(
+                llm, prompt[len(pending) :], len(expected["greedy"]), Memory(session="a")
+            )
+            snapshot = llm.sessions["a"]
+            llm.close()
         assert tokens == expected["greedy"]
-        assert_close(logprobs, golden[f"turn{index}.logits"])
-        assert_states(llm.sessions["a"].state, golden, f"turn{index}.state.")
-        assert llm.sessions["a"].version == index + 1
+        assert_close(logprobs, golden[f"turn{index}.logits"][len(pending) :])
+        assert_states(snapshot.state, golden, f"turn{index}.state.")
+        assert snapshot.version == index + 1
+        pending = snapshot.pending_token_ids

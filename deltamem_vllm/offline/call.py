@@ -1,0 +1,333 @@
+"""The sessions of one call: leased at its beginning, read, written when all of it has ended."""
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+
+from deltamem_vllm.errors import (
+    DeltaMemError,
+    SessionBusyError,
+    SessionNotFoundError,
+    StoreError,
+)
+from deltamem_vllm.memory import Memory
+from deltamem_vllm.sessions import (
+    IngestJob,
+    Lease,
+    Reply,
+    SessionContent,
+    SessionKey,
+    SessionRecord,
+    SessionStore,
+    Turn,
+)
+from deltamem_vllm.sessions.keeper import LeaseKeeper
+from deltamem_vllm.sessions.store import advanced
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S: Final = 0.01
+MAX_PAUSE_S: Final = 0.25
+"""Between attempts to get a lease that another process holds."""
+
+NAMES_SHOWN: Final = 10
+
+A = TypeVar("A")
+B = TypeVar("B")
+
+
+@dataclass(frozen=True)
+class _Commit:
+    record: SessionRecord
+    ttl: float | None
+    turn: Turn | None
+    job_id: str | None
+
+
+@dataclass
+class _Written:
+    """One session that the call writes."""
+
+    lease: Lease
+    stored: tuple[SessionRecord, ...] = ()
+    """Newest first."""
+
+    commits: list[_Commit] = field(default_factory=list)
+    is_broken: bool = False
+    """A turn was broken off; no later one of this call counts."""
+
+    is_done: bool = False
+
+    @property
+    def versions(self) -> tuple[SessionRecord, ...]:
+        """Newest first, those of this call included."""
+        return (*(commit.record for commit in reversed(self.commits)), *self.stored)
+
+
+class CallSessions:
+    """See the module. `close` it whatever happens; only `commit` writes.
+
+    Args:
+        store: where the sessions are.
+        keeper: renews leases of this process.
+        threads: for the store's calls, which block.
+    """
+
+    def __init__(
+        self, store: SessionStore, keeper: LeaseKeeper, threads: ThreadPoolExecutor
+    ) -> None:
+        self._store = store
+        self._keeper = keeper
+        self._threads = threads
+        self._written: dict[SessionKey, _Written] = {}
+        self._read: dict[tuple[SessionKey, int | None], SessionRecord | None] = {}
+
+    def open(self, writes: Sequence[tuple[SessionKey, Memory]], max_wait: float) -> None:
+        """Take the leases of sessions to be written, and load what they hold.
+
+        Args:
+            writes: sessions, each with what one of its turns says.
+            max_wait: seconds to wait for other turns, unless a memory says.
+
+        Raises:
+            SessionBusyError: another turn runs on one of them, for as long as was to be waited.
+            QuotaError, StoreError: no lease was taken, or all were given back.
+        """
+        patience: dict[SessionKey, float] = {}
+        for key, memory in writes:
+            own = max_wait if memory.max_wait is None else memory.max_wait
+            own = own if memory.on_busy == "wait" else 0.0
+            patience[key] = min(own, patience.get(key, own))
+        self._acquire_all(sorted(patience), patience)
+        windowed = {key for key, memory in writes if memory.window is not None}
+        there = [key for key in patience if self._written[key].lease.version]
+        for key, stored in zip(
+            there, self._map(lambda key: self._load(key, key in windowed), there), strict=True
+        ):
+            self._written[key].stored = stored
+
+    def find_replies(self, names: Sequence[tuple[SessionKey, str]]) -> list[Reply | None]:
+        """Kept replies of named turns of sessions that were opened."""
+        return self._map(lambda name: self._store.find_reply(*name), names)
+
+    def load(self, reads: Iterable[tuple[SessionKey, int | None]]) -> None:
+        """Load what turns that only read ask for, but for what this call writes before.
+
+        Raises:
+            SessionNotFoundError: no such version.
+        """
+        asked = [read for read in dict.fromkeys(reads) if read not in self._read]
+        self._read.update(zip(asked, self._map(self._find, asked), strict=True))
+
+    def current(self, key: SessionKey) -> SessionRecord | None:
+        """What a turn that writes grows out of; None for an empty memory."""
+        versions = self.versions(key)
+        return versions[0] if versions else None
+
+    def versions(self, key: SessionKey) -> tuple[SessionRecord, ...]:
+        """Those of a session to be written, newest first; at least the current one."""
+        return self._written[key].versions
+
+    def version(self, key: SessionKey) -> int:
+        """Of a session to be written; 0 if it does not exist."""
+        written = self._written[key]
+        return written.lease.version + len(written.commits)
+
+    def reading(self, key: SessionKey, version: int | None) -> SessionRecord | None:
+        """What a turn that only reads finds, after the turns of this call before it; None for an
+        empty memory.
+
+        Raises:
+            SessionNotFoundError: no such version.
+        """
+        if version == 0:
+            return None
+        made = [one.record for one in self._written[key].commits] if key in self._written else []
+        if version is None and made:
+            return made[-1]
+        for record in made:
+            if record.version == version:
+                return record
+        if (key, version) not in self._read:
+            self.load([(key, version)])
+        return self._read[key, version]
+
+    def write(
+        self,
+        key: SessionKey,
+        content: SessionContent,
+        *,
+        parent_version: int,
+        ttl: float | None,
+        turn: Turn | None,
+        job_id: str | None = None,
+    ) -> None:
+        """Note a session's next version.
+
+        Args:
+            key: a session that was opened, and is not broken.
+            content: the version's.
+            parent_version, ttl, turn, job_id: see `SessionStore.commit`.
+        """
+        written = self._written[key]
+        record = SessionRecord(
+            key=key,
+            version=self.version(key) + 1,
+            incarnation=written.lease.incarnation,
+            content=content,
+            parent_version=parent_version,
+            forked_from=None,
+            created_at=time.time(),
+            expires_at=None,
+        )
+        written.commits.append(_Commit(record, ttl, turn, job_id))
+
+    def break_off(self, key: SessionKey) -> None:
+        """Let no later turn of the session count: one of them did not end."""
+        self._written[key].is_broken = True
+
+    def is_broken(self, key: SessionKey) -> bool:
+        """Whether a turn of the session was broken off."""
+        return self._written[key].is_broken
+
+    def find_jobs(self, jobs: Sequence[tuple[SessionKey, str]]) -> list[IngestJob | None]:
+        """Kept ingests of sessions that were opened."""
+        return self._map(lambda job: self._store.find_job(*job), jobs)
+
+    def save_jobs(self, jobs: Sequence[tuple[SessionKey, IngestJob]]) -> None:
+        """Keep how far ingests came.
+
+        Raises:
+            ConflictError: a lease was taken over.
+        """
+        self._map(lambda job: self._store.save_job(self._written[job[0]].lease, job[1]), jobs)
+
+    def commit(self) -> None:
+        """Write all sessions, each in transactions of its own.
+
+        Raises:
+            DeltaMemError: not all could be written; the message says which were.
+        """
+        writing = [key for key, written in self._written.items() if written.commits]
+        commits = {key: self._threads.submit(self._commit, self._written[key]) for key in writing}
+        _wait_for_all(commits.values())
+        errors = {key: error for key in writing if (error := commits[key].exception())}
+        if not errors:
+            return
+        error = next(iter(errors.values()))
+        if not isinstance(error, DeltaMemError):
+            raise error
+        done = [key.name for key in writing if key not in errors]
+        raise type(error)(
+            f"{error} Not all of this call's sessions were written: "
+            f"{_listed([key.name for key in errors])} failed; {_listed(done)} hold their new "
+            "versions. Turns with a name can be run again safely."
+        ) from error
+
+    def close(self) -> None:
+        """Give back the leases of all that was not written."""
+        left = [one.lease for one in self._written.values() if not one.is_done]
+        self._written.clear()
+        self._release(left)
+
+    def _acquire_all(self, keys: Sequence[SessionKey], patience: dict[SessionKey, float]) -> None:
+        """Take all leases at once, and wait where one is held.
+
+        Whoever waits holds only what comes before in the order of keys, so that two calls never
+        wait for each other.
+        """
+        begun = time.monotonic()
+        left = list(keys)
+        while left:
+            taken = self._map(self._try, left)
+            if all(taken):
+                return
+            busy = taken.index(False)
+            beyond = [key for key in left[busy:] if key in self._written]
+            self._release([self._written.pop(key).lease for key in beyond])
+            self._wait_for(left[busy], begun + patience[left[busy]])
+            left = left[busy + 1 :]
+
+    def _wait_for(self, key: SessionKey, deadline: float) -> None:
+        pause = FIRST_PAUSE_S
+        while not self._try(key):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise SessionBusyError(
+                    f"session {key.name!r} is in another turn. Nothing of this call was run."
+                )
+            time.sleep(min(pause * random.uniform(0.5, 1), left))
+            pause = min(2 * pause, MAX_PAUSE_S)
+
+    def _try(self, key: SessionKey) -> bool:
+        """Take one lease; whether it was free."""
+        try:
+            self._written[key] = _Written(self._keeper.acquire(key))
+        except SessionBusyError:
+            return False
+        return True
+
+    def _release(self, leases: Sequence[Lease]) -> None:
+        self._map(self._give_back, leases)
+
+    def _give_back(self, lease: Lease) -> None:
+        try:
+            self._keeper.release(lease)
+        except StoreError as error:
+            logger.warning("delta-mem: a lease was not given back and runs out: %s", error)
+
+    def _load(self, key: SessionKey, whole: bool) -> tuple[SessionRecord, ...]:
+        return self._store.versions(key) if whole else (self._store.get(key),)
+
+    def _find(self, read: tuple[SessionKey, int | None]) -> SessionRecord | None:
+        key, version = read
+        try:
+            return self._store.get(key, version)
+        except SessionNotFoundError:
+            if version is not None:
+                raise
+            return None
+
+    def _commit(self, written: _Written) -> None:
+        lease = written.lease
+        last = len(written.commits) - 1
+        for index, one in enumerate(written.commits):
+            record = self._store.commit(
+                lease,
+                one.record.content,
+                parent_version=one.record.parent_version,
+                ttl=one.ttl,
+                turn=one.turn,
+                job_id=one.job_id,
+                release=index == last,
+            )
+            lease = advanced(lease, record)
+        self._keeper.forget(lease)
+        written.is_done = True
+
+    def _map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
+        """A store's call for each item, side by side; all end before an error is raised."""
+        futures = [self._threads.submit(function, item) for item in items]
+        _wait_for_all(futures)
+        return [future.result() for future in futures]
+
+
+def _wait_for_all(futures: Iterable["Future[Any]"]) -> None:
+    """Wait to the end, also if somebody loses patience: leases are given back only then."""
+    futures = list(futures)
+    try:
+        wait(futures)
+    finally:
+        wait(futures)
+
+
+def _listed(names: Sequence[str]) -> str:
+    if not names:
+        return "none"
+    shown = ", ".join(map(repr, names[:NAMES_SHOWN]))
+    more = len(names) - NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,151 @@
+"""What `MemoryLLM` asks of vLLM's engine besides generating: final states, and writing alone."""
+
+import contextlib
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vllm import LLM, RequestOutput
+
+from deltamem_vllm.engine.compat import InprocClient
+from deltamem_vllm.engine.turn import REPLAYS, Start
+from deltamem_vllm.errors import DeltaMemError
+from deltamem_vllm.state.snapshot import StateShape
+
+STATE_TIMEOUT_S: Final = 60.0
+"""How long a final state may take from the worker before the turn is given up."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Tokens that are written and not answered."""
+
+    start: Start
+    prompt: Any
+    """As the engine takes it, pending tokens first."""
+
+    lora: Any = None
+    priority: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt["prompt_token_ids"])
+
+
+class OfflineEngine:
+    """The engine of one `LLM`.
+
+    Args:
+        llm: has no requests under way when a method is called.
+        shape: the adapter's states.
+    """
+
+    def __init__(self, llm: LLM, shape: StateShape) -> None:
+        self._llm = llm
+        self._shape = shape
+
+    def final_states(self, feeds: Sequence[Feed]) -> list[bytes]:
+        """The state after each feed's tokens, where its request ended just now.
+
+        A request whose state is another one is fed again: the engine had run on when its stop
+        string was found, or it was preempted at its end.
+
+        Raises:
+            DeltaMemError: a state could not be had.
+        """
+        return self._states(feeds, self.take_states([one.start.ticket for one in feeds]))
+
+    def feed(self, feeds: Sequence[Feed]) -> list[bytes]:
+        """Write each feed's tokens; the states after them.
+
+        Raises:
+            DeltaMemError: a state could not be had.
+        """
+        return self._states(feeds, {})
+
+    def take_states(self, tickets: Sequence[str]) -> dict[str, tuple[int, bytes]]:
+        """Collect the final states of finished requests from all workers.
+
+        Returns:
+            ticket -> tokens fed, and the state after them; empty for 0 tokens.
+
+        Raises:
+            DeltaMemError: a state did not arrive in time.
+        """
+        num_tokens: dict[str, int] = {}
+        by_layer: dict[str, dict[int, bytes]] = {ticket: {} for ticket in tickets}
+        missing = list(tickets)
+        deadline = time.monotonic() + STATE_TIMEOUT_S
+        while missing:
+            for taken in self._llm.collective_rpc("take_memory_states", args=(missing, [])):
+                for ticket, (count, states) in taken.items():
+                    num_tokens.setdefault(ticket, count)
+                    by_layer[ticket].update(states)
+            missing = [
+                ticket
+                for ticket in missing
+                if num_tokens.get(ticket) != 0
+                and len(by_layer[ticket]) < len(self._shape.layer_indices)
+            ]
+            if missing and time.monotonic() > deadline:
+                raise DeltaMemError(
+                    f"the final state of {len(missing)} request(s) did not arrive within "
+                    f"{STATE_TIMEOUT_S:.0f} s; no session was changed."
+                )
+            if missing:
+                self._let_step()
+        return {
+            ticket: (count, self._shape.join(by_layer[ticket]) if count else b"")
+            for ticket, count in num_tokens.items()
+        }
+
+    def abandon(self) -> None:
+        """Clear what an error left in the engine: requests, final states, half-filled blocks."""
+        llm = self._llm
+        # The error that brought us here may be that of a dead engine; it is the one to report.
+        with contextlib.suppress(Exception):
+            # Nobody else's are in there: a call starts with an idle engine.
+            requests = list(llm.llm_engine.output_processor.request_states)
+            llm.llm_engine.abort_request(requests, internal=True)
+            for _ in range(2):
+                # Between two worker calls the engine steps, which hands the final states over.
+                self._let_step()
+                llm.collective_rpc("forget_memory_states")
+            if isinstance(llm.llm_engine.engine_core, InprocClient):
+                # The scheduler hashes blocks before the forward that fills them, and that may be
+                # what was interrupted.
+                llm.reset_prefix_cache()
+
+    def _states(self, feeds: Iterable[Feed], taken: dict[str, tuple[int, bytes]]) -> list[bytes]:
+        wanted = {one.start.ticket: one for one in feeds}
+        states: dict[str, bytes] = {}
+        for attempt in range(1 + REPLAYS):
+            for ticket, (num_tokens, state) in taken.items():
+                if num_tokens == wanted[ticket].num_tokens:
+                    states[ticket] = state
+            missing = [one for ticket, one in wanted.items() if ticket not in states]
+            if not missing:
+                return [states[ticket] for ticket in wanted]
+            if attempt < REPLAYS:
+                self._run(missing)
+                taken = self.take_states([one.start.ticket for one in missing])
+        raise DeltaMemError(
+            f"{len(missing)} turn(s) could not be written in {REPLAYS} attempts: the KV cache is "
+            "too small for the requests that share it. No session was changed."
+        )
+
+    def _run(self, feeds: Sequence[Feed]) -> None:
+        """Feed tokens again, or for the first time, under the same memory and ticket."""
+        for one in feeds:
+            LLM._add_request(
+                self._llm, one.prompt, one.start.replay_params(), one.lora, one.priority
+            )
+        self._llm._run_engine(RequestOutput, use_tqdm=False)
+
+    def _let_step(self) -> None:
+        """States are copied in the step after a request's last, which in-process nobody takes."""
+        if isinstance(self._llm.llm_engine.engine_core, InprocClient):
+            self._llm.llm_engine.step()
+        else:
+            time.sleep(0.001)

@@ -1,0 +1,252 @@
+"""Writing text of any length into sessions, many together."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from deltamem_vllm.api.ingest import (
+    asked_hash,
+    check_same,
+    ingest_report,
+    reply_name,
+    segment_size,
+    segment_written,
+)
+from deltamem_vllm.api.messages import hash_chain
+from deltamem_vllm.api.schemas import IngestReport, IngestRequest
+from deltamem_vllm.engine.turn import begin, segments
+from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.memory import Memory
+from deltamem_vllm.offline.call import CallSessions
+from deltamem_vllm.offline.engine import Feed
+from deltamem_vllm.offline.rendering import chat_render, text_tokens
+from deltamem_vllm.offline.service import OfflineService
+from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
+
+
+@dataclass
+class Writing:
+    """Tokens on their way into a session."""
+
+    content: SessionContent | None
+    """The session, after the tokens written so far."""
+
+    tokens: Sequence[int]
+    segment_tokens: int
+    lora: Any = None
+    position: int = 0
+    """Tokens written so far."""
+
+    def segments(self, max_segment: int) -> Iterator[Sequence[int]]:
+        """What is left, cut into requests."""
+        pending = 0 if self.content is None else len(self.content.pending_token_ids)
+        size = min(self.segment_tokens, max_segment)
+        return segments(self.tokens[self.position :], size, pending)
+
+
+def write_all(
+    service: OfflineService,
+    writings: Sequence[Writing],
+    after_segments: Callable[[], None] = lambda: None,
+) -> None:
+    """Write everything, one segment of each at a time.
+
+    Args:
+        service: the parts.
+        writings: are moved on.
+        after_segments: called whenever a segment of each was written.
+    """
+    # One token stays for the request's own answer.
+    left = [(one, one.segments(service.max_model_len - 1)) for one in writings]
+    while True:
+        step = [(one, segment) for one, cuts in left if (segment := next(cuts, None)) is not None]
+        if not step:
+            return
+        feeds = []
+        for one, segment in step:
+            start = begin("read_write", one.content, service.shape)
+            prompt = {"type": "token", "prompt_token_ids": list(segment)}
+            feeds.append(Feed(start, start.prompt(prompt), one.lora))
+        for (one, segment), feed, state in zip(
+            step, feeds, service.engine.feed(feeds), strict=True
+        ):
+            written = feed.start.content(state, feed.num_tokens, pending=())
+            one.content = segment_written(written, one.segment_tokens)
+            one.position += len(segment)
+        after_segments()
+
+
+@dataclass(eq=False)
+class Job:
+    """One ingest of a call."""
+
+    key: SessionKey
+    body: IngestRequest
+    lora: Any
+    writing: Writing | None = None
+    chain: tuple[bytes, ...] = ()
+    report: IngestReport | None = None
+
+    @property
+    def name(self) -> str:
+        """Its id; empty if it was given none."""
+        return self.body.job_id or ""
+
+
+def job_of(key: SessionKey, content: Any, lora: Any, **fields: Any) -> Job:
+    """An ingest of messages, a text, or token ids.
+
+    Raises:
+        MemoryRequestError: an argument is not valid.
+    """
+    if isinstance(content, str):
+        source = "text"
+    else:
+        content = list(content)
+        source = "token_ids" if content and isinstance(content[0], int) else "messages"
+    try:
+        return Job(key, IngestRequest(**{source: content}, **fields), lora)
+    except ValidationError as error:
+        raise MemoryRequestError(f"the ingest is not valid: {error}") from None
+
+
+class Ingests:
+    """The ingests of one call.
+
+    Args:
+        service: the parts.
+        sessions: those of the call.
+        arguments: of `LLM.chat`, for rendering.
+    """
+
+    def __init__(
+        self, service: OfflineService, sessions: CallSessions, arguments: Mapping[str, Any]
+    ) -> None:
+        self._service = service
+        self._sessions = sessions
+        self._arguments = arguments
+
+    def run(self, jobs: Sequence[Job], *, use_tqdm: bool) -> list[IngestReport]:
+        """Write everything, and commit.
+
+        Raises:
+            DeltaMemError: see `MemoryLLM.ingest`.
+        """
+        if len({job.key for job in jobs}) < len(jobs):
+            raise MemoryRequestError("a session is named twice; give it one text.")
+        if self._arguments.get("chat_template") is not None:
+            raise MemoryRequestError(
+                "sessions belong to the model's template. Give it to MemoryLLM."
+            )
+        writes = [(job.key, Memory(session=job.key.name)) for job in jobs]
+        self._sessions.open(writes, self._service.settings.max_wait_seconds)
+        self._find_reports([job for job in jobs if job.name])
+        left = [job for job in jobs if job.report is None]
+        for job in left:
+            self._prepare(job)
+        self._find_positions([job for job in left if job.name])
+        self._write(left, use_tqdm)
+        for job in left:
+            self._note(job)
+        self._sessions.commit()
+        return [job.report for job in jobs if job.report is not None]
+
+    def _find_reports(self, jobs: Sequence[Job]) -> None:
+        kept = self._sessions.find_replies([(job.key, reply_name(job.name)) for job in jobs])
+        for job, reply in zip(jobs, kept, strict=True):
+            if reply is not None:
+                check_same(job.name, asked_hash(job.body), reply.request_hash)
+                job.report = IngestReport(**{**json.loads(reply.reply), "replayed": True})
+
+    def _prepare(self, job: Job) -> None:
+        body, llm = job.body, self._service.llm
+        current = self._sessions.current(job.key)
+        content = None if current is None else current.content
+        size = segment_size(content, body.segment_tokens, self._service.settings.segment_tokens)
+        if body.messages is not None:
+            job.chain = hash_chain(body.messages, self._service.chain_key)
+            render = chat_render(llm, self._arguments)
+            tokens = list(render(body.messages, add_generation_prompt=False))
+        elif body.text is not None:
+            tokens = text_tokens(llm, body.text)
+        else:
+            tokens = body.token_ids or []
+            vocabulary = llm.model_config.get_vocab_size()
+            if not all(0 <= token < vocabulary for token in tokens):
+                raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
+        if not tokens:
+            raise MemoryRequestError("there is no token in it to write.")
+        job.writing = Writing(content, tokens, size, job.lora)
+
+    def _find_positions(self, jobs: Sequence[Job]) -> None:
+        """Go on where named jobs stopped."""
+        found = self._sessions.find_jobs([(job.key, job.name) for job in jobs])
+        for job, kept in zip(jobs, found, strict=True):
+            if kept is None:
+                continue
+            check_same(job.name, asked_hash(job.body), kept.request_hash)
+            if kept.base_version == self._sessions.version(job.key):
+                assert job.writing is not None
+                job.writing.content, job.writing.position = kept.content, kept.position
+
+    def _write(self, jobs: Sequence[Job], use_tqdm: bool) -> None:
+        writings = [job.writing for job in jobs if job.writing is not None]
+        total = sum(len(one.tokens) for one in writings)
+        with tqdm(total=total, unit="tok", desc="Ingested", disable=not use_tqdm) as progress:
+
+            def after_segments() -> None:
+                self._sessions.save_jobs(
+                    [(job.key, self._kept(job)) for job in jobs if job.name and _is_on_its_way(job)]
+                )
+                progress.update(sum(one.position for one in writings) - progress.n)
+
+            progress.update(sum(one.position for one in writings))
+            try:
+                write_all(self._service, writings, after_segments)
+            except BaseException:
+                self._service.engine.abandon()
+                raise
+
+    def _kept(self, job: Job) -> IngestJob:
+        assert job.writing is not None and job.writing.content is not None
+        return IngestJob(
+            job.name,
+            asked_hash(job.body),
+            self._sessions.version(job.key),
+            job.writing.content,
+            job.writing.position,
+        )
+
+    def _note(self, job: Job) -> None:
+        assert job.writing is not None and job.writing.content is not None
+        version = self._sessions.version(job.key)
+        content = job.writing.content
+        job.report = ingest_report(
+            job.key.name,
+            job.name,
+            content,
+            version=version + 1,
+            tokens=len(job.writing.tokens),
+            position=job.writing.position,
+            done=True,
+        )
+        turn = None
+        if job.name:
+            kept = job.report.model_dump_json().encode()
+            turn = Turn(reply_name(job.name), asked_hash(job.body), kept)
+        self._sessions.write(
+            job.key,
+            replace(content, message_chain=(*content.message_chain, *job.chain)),
+            parent_version=version,
+            ttl=job.body.ttl,
+            turn=turn,
+            job_id=job.body.job_id,
+        )
+
+
+def _is_on_its_way(job: Job) -> bool:
+    return job.writing is not None and 0 < job.writing.position < len(job.writing.tokens)

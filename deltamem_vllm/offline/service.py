@@ -1,0 +1,145 @@
+"""What a `MemoryLLM` with sessions is made of."""
+
+import logging
+import os
+import tempfile
+import weakref
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from vllm import LLM
+
+from deltamem_vllm.api.boundaries import Render, turn_terminator
+from deltamem_vllm.api.fingerprints import Fingerprints
+from deltamem_vllm.api.messages import tenant_key
+from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.engine.settings import adapter_of
+from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.offline.call import CallSessions
+from deltamem_vllm.offline.engine import OfflineEngine
+from deltamem_vllm.sessions import SessionKey, SessionStore, open_store
+from deltamem_vllm.sessions.keeper import LeaseKeeper
+from deltamem_vllm.state.snapshot import StateShape
+
+logger = logging.getLogger(__name__)
+
+STORE_THREADS: Final = 64
+"""Store calls at a time; SQLite commits what arrives together in one go."""
+
+
+class OfflineService:
+    """The parts, for turns and ingests to use.
+
+    Args:
+        llm: vLLM's, started.
+        url: the store's; None for a temporary one.
+        tenant: whose sessions.
+        settings: a server's.
+    """
+
+    def __init__(self, llm: LLM, url: str | None, tenant: str, settings: ServerSettings) -> None:
+        # No cycle: an engine goes when its last user does, before the next one starts.
+        self.llm: LLM = weakref.proxy(llm)
+        self.tenant = tenant
+        self.settings = settings
+        self.shape = StateShape.of(adapter_of(llm.llm_engine.vllm_config))
+        self.engine = OfflineEngine(self.llm, self.shape)
+        folder = None
+        if url is None:
+            folder = tempfile.TemporaryDirectory(prefix="deltamem-", ignore_cleanup_errors=True)
+            url = f"sqlite://{Path(folder.name).resolve()}/sessions.db"
+        self.store = check_store(url, settings)
+        self.store.sweep()
+        owner = f"MemoryLLM in process {os.getpid()}"
+        self._keeper = LeaseKeeper(self.store, owner, settings.lease_seconds)
+        self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="deltamem-store")
+        self._terminators: dict[str, tuple[int, ...]] = {}
+        self.close = weakref.finalize(self, _close, self.store, self._keeper, self._threads, folder)
+
+    @cached_property
+    def fingerprints(self) -> Fingerprints:
+        """Made when a session is first used, because it takes reading the model's files."""
+        return Fingerprints(
+            self.llm.llm_engine.vllm_config,
+            self.llm.chat_template,
+            self.settings.fingerprint_alias,
+        )
+
+    @cached_property
+    def chain_key(self) -> bytes:
+        """Keys the hashes of the tenant's messages."""
+        secret = self.settings.hash_secret.get_secret_value().encode()
+        return tenant_key(secret, self.tenant)
+
+    @property
+    def max_model_len(self) -> int:
+        return int(self.llm.model_config.max_model_len)
+
+    def key(self, session: str, lora_request: Any) -> SessionKey:
+        """The session of a name, of the model with a LoRA; None is without."""
+        return SessionKey(self.tenant, self.fingerprints.of(lora_request).digest, session)
+
+    @contextmanager
+    def call(self) -> Iterator[CallSessions]:
+        """The sessions of one call; what it leased is given back at its end.
+
+        Raises:
+            MemoryRequestError: the engine is not idle.
+        """
+        if self.llm.llm_engine.has_unfinished_requests():
+            raise MemoryRequestError(
+                "requests of `enqueue` are waiting: collect them with `wait_for_completion` first."
+            )
+        sessions = CallSessions(self.store, self._keeper, self._threads)
+        try:
+            yield sessions
+        finally:
+            sessions.close()
+
+    def terminator(self, name: str, render: Render) -> tuple[int, ...]:
+        """What a template puts behind a reply; empty if it cannot be told.
+
+        Args:
+            name: of the template with its arguments.
+            render: renders with it.
+        """
+        if name not in self._terminators:
+            try:
+                self._terminators[name] = turn_terminator(render)
+            # A template refuses conversations that it was not made for each in its own way.
+            except Exception as error:
+                logger.warning("delta-mem: what ends a turn cannot be told: %s", error)
+                self._terminators[name] = ()
+        return self._terminators[name]
+
+
+def check_store(url: str, settings: ServerSettings) -> SessionStore:
+    """Open a store that works and keeps what it acknowledges.
+
+    Raises:
+        StoreError: the message says what to change.
+    """
+    store = open_store(url, settings.store_options())
+    try:
+        store.check_health()
+    except BaseException:
+        store.close()
+        raise
+    return store
+
+
+def _close(
+    store: SessionStore,
+    keeper: LeaseKeeper,
+    threads: ThreadPoolExecutor,
+    folder: "tempfile.TemporaryDirectory[str] | None",
+) -> None:
+    threads.shutdown()
+    keeper.close()
+    store.close()
+    if folder is not None:
+        folder.cleanup()

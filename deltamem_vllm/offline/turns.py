@@ -1,0 +1,319 @@
+"""One call of `generate` or `chat`: its turns in waves, and then their sessions' commit."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final
+
+from vllm import RequestOutput
+from vllm.logger import init_logger
+
+from deltamem_vllm.api.boundaries import pending_after
+from deltamem_vllm.api.folding import fold
+from deltamem_vllm.api.ingest import segment_size
+from deltamem_vllm.api.messages import hash_chain
+from deltamem_vllm.api.replies import given_name
+from deltamem_vllm.api.schemas import MemoryReport
+from deltamem_vllm.engine.turn import BROKEN_OFF, begin
+from deltamem_vllm.errors import ConflictError, MemoryRequestError
+from deltamem_vllm.memory import Memory
+from deltamem_vllm.offline.call import CallSessions
+from deltamem_vllm.offline.engine import Feed
+from deltamem_vllm.offline.ingest import Writing, write_all
+from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, chat_render
+from deltamem_vllm.offline.replies import keep, replay, with_report
+from deltamem_vllm.offline.service import OfflineService
+from deltamem_vllm.offline.turn import Turn
+from deltamem_vllm.sessions import SessionKey, SessionRecord
+from deltamem_vllm.sessions import Turn as NamedReply
+
+logger = init_logger(f"vllm.{__name__}")
+
+RunTurns = Callable[..., list[RequestOutput]]
+"""Turns, and further arguments of the call -> their outputs."""
+
+SHOWN_ONLY: Final = ("use_tqdm",)
+"""Arguments of a call that do not change what is asked."""
+
+
+class Turns:
+    """See the module.
+
+    Args:
+        service: the parts.
+        sessions: those of the call.
+        run: lets vLLM generate.
+        arguments: further ones of the call, for all of its prompts.
+        is_chat: whether prompts are messages.
+    """
+
+    def __init__(
+        self,
+        service: OfflineService,
+        sessions: CallSessions,
+        run: RunTurns,
+        arguments: dict[str, Any],
+        is_chat: bool,
+    ) -> None:
+        self._service = service
+        self._sessions = sessions
+        self._run_turns = run
+        self._arguments = arguments
+        self._is_chat = is_chat
+        self._render = self._render_bare = None
+        if is_chat:
+            self._render = chat_render(service.llm, arguments)
+            # What ends a turn is told by a conversation that calls no tools.
+            self._render_bare = chat_render(service.llm, {**arguments, "tools": None})
+
+    def run(self, turns: Sequence[Turn]) -> list[RequestOutput]:
+        """Run all turns and write their sessions.
+
+        Returns:
+            Their outputs.
+
+        Raises:
+            DeltaMemError: see `MemoryLLM.generate`.
+        """
+        self._open(turns)
+        left = [turn for turn in turns if turn.output is None]
+        try:
+            for wave in waves([(turn.key, turn.writes) for turn in left]):
+                self._run_wave([left[index] for index in wave])
+        except BaseException:
+            self._service.engine.abandon()
+            raise
+        # Not before: after an error the caller gets no output and may call again.
+        self._sessions.commit()
+        return [turn.output for turn in turns if turn.output is not None]
+
+    def _open(self, turns: Sequence[Turn]) -> None:
+        """Take leases, load what turns read, and answer those that were run before."""
+        writes: list[tuple[SessionKey, Memory]] = []
+        reads: list[tuple[SessionKey, int | None]] = []
+        for turn in turns:
+            memory = turn.memory
+            if memory is None or memory.session is None:
+                continue
+            turn.key = self._service.key(memory.session, turn.lora)
+            if turn.writes:
+                writes.append((turn.key, memory))
+            elif memory.version != 0:
+                reads.append((turn.key, memory.version))
+        if writes and self._arguments.get("chat_template") is not None:
+            raise MemoryRequestError(
+                "chat_template with read_write memory: sessions belong to the model's template. "
+                "Give it to MemoryLLM."
+            )
+        named = _by_reply_name(turns)
+        self._sessions.open(writes, self._service.settings.max_wait_seconds)
+        written = {key for key, _ in writes}
+        self._sessions.load(read for read in reads if read[0] not in written)
+        replies = self._sessions.find_replies(list(named))
+        for turn, reply in zip(named.values(), replies, strict=True):
+            turn.request_hash = turn.hash([self._is_chat, self._asked])
+            if reply is not None:
+                request_id = str(next(self._service.llm.request_counter))
+                turn.output = replay(reply, turn.request_hash, request_id)
+
+    @property
+    def _asked(self) -> dict[str, Any]:
+        return {name: value for name, value in self._arguments.items() if name not in SHOWN_ONLY}
+
+    def _run_wave(self, turns: Sequence[Turn]) -> None:
+        """Run turns of which no two write one session; note what they write."""
+        for turn in turns:
+            self._plan(turn)
+        self._ingest_before(turns)
+        for turn in turns:
+            if turn.memory is not None:
+                turn.start = begin(
+                    turn.memory.mode, turn.content, self._service.shape, reread=turn.reread
+                )
+        for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):
+            turn.output = output
+            if turn.start is not None:
+                turn.start.hide_pending(output)
+            with_report(output, None if turn.writes else _read_report(turn))
+        self._note([turn for turn in turns if turn.writes])
+
+    def _plan(self, turn: Turn) -> None:
+        """Find out what a turn grows out of, and what its prompt shows."""
+        memory, key = turn.memory, turn.key
+        if memory is None or key is None:
+            return
+        versions = self._versions(memory, key)
+        turn.base = versions[0] if versions else None
+        if memory.window is not None:
+            assert self._render is not None
+            folded = fold(
+                turn.prompt,
+                versions,
+                memory,
+                self._service.chain_key,
+                self._render,
+                writes=turn.writes,
+            )
+            turn.base = folded.base
+            turn.prompt = [dict(message) for message in folded.shown]
+            turn.ingest, turn.reread = folded.ingest, folded.reread
+            turn.chain, turn.tokens_saved = folded.chain, folded.tokens_saved
+        elif turn.writes and self._is_chat:
+            written = () if turn.base is None else turn.base.content.message_chain
+            turn.chain = (*written, *hash_chain(turn.prompt, self._service.chain_key))
+        turn.content = None if turn.base is None else turn.base.content
+
+    def _versions(self, memory: Memory, key: SessionKey) -> tuple[SessionRecord, ...]:
+        """What a turn may grow out of, newest first."""
+        if not memory.writes:
+            record = self._sessions.reading(key, memory.version)
+            if record is None:
+                logger.warning_once(
+                    "delta-mem: session %r does not exist; read_only reads an empty memory",
+                    key.name,
+                )
+            return () if record is None else (record,)
+        version = self._sessions.version(key)
+        if memory.version not in (None, version):
+            raise ConflictError(
+                f"session {key.name!r} is at version {version}, not {memory.version}: another "
+                "turn came first. Nothing was written."
+            )
+        return self._sessions.versions(key)
+
+    def _ingest_before(self, turns: Sequence[Turn]) -> None:
+        """Write messages that are older than their turn's window, and were never written."""
+        ingesting = [turn for turn in turns if turn.ingest]
+        writings = [
+            Writing(
+                turn.content,
+                turn.ingest,
+                segment_size(turn.content, None, self._service.settings.segment_tokens),
+                turn.lora,
+            )
+            for turn in ingesting
+        ]
+        write_all(self._service, writings)
+        for turn, writing in zip(ingesting, writings, strict=True):
+            turn.content = writing.content
+
+    def _note(self, turns: Sequence[Turn]) -> None:
+        """Note the versions that turns make; they are written when the call ends."""
+        for turn in turns:
+            assert turn.key is not None and turn.output is not None
+            reason = turn.output.outputs[0].finish_reason
+            if reason in BROKEN_OFF:
+                logger.warning(
+                    "delta-mem: a turn of session %r ended with finish reason %r; neither it nor "
+                    "later turns of the session in this call are written",
+                    turn.key.name,
+                    reason,
+                )
+                self._sessions.break_off(turn.key)
+        feeds = [(turn, turn.kept()) for turn in turns]
+        whole: list[tuple[Turn, Feed]] = []
+        broken: list[tuple[Turn, Feed]] = []
+        for turn, feed in feeds:
+            assert turn.key is not None
+            (broken if self._sessions.is_broken(turn.key) else whole).append((turn, feed))
+        self._service.engine.take_states([feed.start.ticket for _, feed in broken])  # let go
+        states = self._service.engine.final_states([feed for _, feed in whole])
+        for (turn, feed), state in zip(whole, states, strict=True):
+            self._write(turn, feed, state)
+
+    def _write(self, turn: Turn, feed: Feed, state: bytes) -> None:
+        assert turn.start is not None and turn.key is not None and turn.memory is not None
+        assert turn.output is not None
+        (completion,) = turn.output.outputs
+        chain = None
+        if turn.chain is not None:
+            message = {"role": "assistant", "content": completion.text}
+            chain = (*turn.chain, *hash_chain([message], self._service.chain_key))
+        content = turn.start.content(
+            state, feed.num_tokens, self._pending(completion.token_ids), chain
+        )
+        parent_version = 0 if turn.base is None else turn.base.version
+        report = MemoryReport(
+            session=turn.key.name,
+            mode="read_write",
+            version=self._sessions.version(turn.key) + 1,
+            parent_version=parent_version,
+            tokens_written=content.tokens_written,
+            tokens_pending=len(content.pending_token_ids),
+            tokens_ingested=len(turn.ingest),
+            prompt_tokens_saved=turn.tokens_saved,
+        )
+        with_report(turn.output, report)
+        reply = None
+        if turn.request_hash is not None:
+            assert turn.memory.turn is not None
+            kept = keep(turn.output, report, self._service.settings.max_reply_bytes)
+            reply = NamedReply(given_name(turn.memory.turn), turn.request_hash, kept)
+        self._sessions.write(
+            turn.key, content, parent_version=parent_version, ttl=turn.memory.ttl, turn=reply
+        )
+
+    def _pending(self, output_ids: Sequence[int]) -> tuple[int, ...]:
+        """What the session's next turn must feed first."""
+        if self._render is None or self._arguments.get("continue_final_message"):
+            return tuple(output_ids[-1:])
+        assert self._render_bare is not None
+        name = repr(self._arguments.get(TEMPLATE_ARGUMENTS))
+        terminator = self._service.terminator(name, self._render_bare)
+        return pending_after(output_ids, terminator)
+
+
+def _by_reply_name(turns: Sequence[Turn]) -> dict[tuple[SessionKey, str], Turn]:
+    """Named turns by session and the name of their reply.
+
+    Raises:
+        MemoryRequestError: two turns of one session have the same.
+    """
+    named: dict[tuple[SessionKey, str], Turn] = {}
+    for turn in turns:
+        if turn.memory is None or turn.memory.turn is None:
+            continue
+        assert turn.key is not None
+        name = turn.key, given_name(turn.memory.turn)
+        if name in named:
+            raise MemoryRequestError(
+                f"two prompts of session {turn.key.name!r} name their turn {turn.memory.turn!r}. "
+                "Give every turn a name of its own."
+            )
+        named[name] = turn
+    return named
+
+
+def _read_report(turn: Turn) -> MemoryReport | None:
+    """What a turn that does not write says about its memory."""
+    memory = turn.memory
+    if memory is None:
+        return None
+    content = turn.content
+    return MemoryReport(
+        session=memory.session,
+        mode=memory.mode,
+        version=0 if turn.base is None else turn.base.version,
+        tokens_written=0 if content is None else content.tokens_written,
+        tokens_pending=0 if content is None else len(content.pending_token_ids),
+        prompt_tokens_saved=turn.tokens_saved,
+    )
+
+
+def waves(turns: Iterable[tuple[SessionKey | None, bool]]) -> list[list[int]]:
+    """Group turns that may run together; a session's turn follows its last writer's wave.
+
+    Args:
+        turns: each one's session, and whether it writes it.
+
+    Returns:
+        Indices of turns, wave by wave.
+    """
+    grouped: list[list[int]] = []
+    next_wave: dict[SessionKey, int] = {}
+    for index, (key, writes) in enumerate(turns):
+        wave = 0 if key is None else next_wave.get(key, 0)
+        while len(grouped) <= wave:
+            grouped.append([])
+        grouped[wave].append(index)
+        if key is not None and writes:
+            next_wave[key] = wave + 1
+    return grouped
