@@ -39,6 +39,7 @@ from vllm.entrypoints.serve.utils.api_utils import (
 from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.forward_context import get_forward_context
+from vllm.logprobs import Logprob
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
@@ -182,6 +183,7 @@ __all__ = [
     "KVConnectorMetadata",
     "KVConnectorRole",
     "KVTransferConfig",
+    "Logprob",
     "MultipleOf",
     "Request",
     "SchedulerOutput",

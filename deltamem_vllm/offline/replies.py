@@ -4,9 +4,9 @@ from typing import Any
 
 import msgspec
 from vllm import CompletionOutput, RequestOutput
-from vllm.logprobs import Logprob
 
 from deltamem_vllm.api.schemas import MemoryReport
+from deltamem_vllm.engine.compat import Logprob
 from deltamem_vllm.errors import ConflictError, TurnMismatchError
 from deltamem_vllm.sessions import Reply
 

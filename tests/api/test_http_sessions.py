@@ -310,11 +310,20 @@ def test_bad_input_is_refused_and_the_server_goes_on(server: Server, route: str)
     assert sessions(server, "GET", "/bad").status_code == 404
 
 
+def test_a_template_of_a_request_cannot_write_a_session(server: Server) -> None:
+    body = {**TURN, **ROUTES["/v1/chat/completions"], "chat_template": "{{ messages }}"}
+    memory = {"session": new_name("template")}
+    answer = post(server, "/v1/chat/completions", json={**body, "memory": memory})
+    assert answer.status_code == 400
+    assert "--chat-template" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "body",
     [
         {},
         {"text": ""},
+        {"text": "  "},
         {"token_ids": []},
         {"token_ids": [10**9]},
         {"token_ids": [-1]},

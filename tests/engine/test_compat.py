@@ -11,6 +11,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
+from vllm.renderers.base import BaseRenderer
 from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
 from vllm.v1.engine.llm_engine import LLMEngine
@@ -393,3 +394,16 @@ def test_an_engine_can_be_cleared_of_all_its_requests() -> None:
     assert "internal" in parameters(OutputProcessor.abort_requests)
     assert parameters(LLM._run_engine) == ("output_type", "use_tqdm")
     assert parameters(LLM._add_request) == ("prompt", "params", "lora_request", "priority")
+
+
+def test_chats_and_texts_can_be_rendered_of_any_length() -> None:
+    assert {"conversations", "chat_params", "tok_params"} <= set(
+        parameters(BaseRenderer.render_chat)
+    )
+    assert {"prompts", "tok_params"} <= set(parameters(BaseRenderer.render_cmpl))
+    assert {"max_total_tokens", "add_special_tokens"} <= set(parameters(compat.TokenizeParams))
+    used = {"chat_template", "chat_template_content_format", "chat_template_kwargs"}
+    assert used <= set(parameters(compat.ChatParams))
+    assert {"logprob", "rank", "decoded_token"} <= fields(compat.Logprob)
+    assert "self.renderer = " in inspect.getsource(LLM.__init__)
+    assert "self.chat_template = " in inspect.getsource(LLM.__init__)
