@@ -47,6 +47,21 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 """What is asked with any `memory`; the rest of these bodies is vLLM's."""
 
+PREFERRED_PARAMETERS = {"session": {"enum": NAMES}, "model": {"enum": [MODEL]}}
+PREFERRED_BODIES: dict[str, dict[str, Any]] = {
+    "fork": {"to": {"const": COPY}},
+    "ingest": {
+        "stream": {"type": "boolean"},
+        "token_ids": {
+            "type": "array",
+            "items": {"type": "integer", "minimum": 0, "maximum": VOCAB - 1},
+            "minItems": 1,
+            "maxItems": 20,
+        },
+    },
+}
+"""Every other request or so has these, to get further than chance would."""
+
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -64,18 +79,10 @@ def as_bytes(context: schemathesis.SerializationContext, value: Any) -> dict[str
 
 @pytest.fixture(scope="module")
 def memory_api(tool_server: Server) -> schemathesis.BaseSchema:
-    """The document's routes with a memory, with values that lead further than any others do."""
+    """The document's routes with a memory, with values that get further than chance would."""
     document = httpx.get(f"{tool_server.url}/openapi.json").json()
-    known = {"enum": NAMES}
-    for body, field, values in [
-        ("Memory", "session", NAMES),
-        ("ForkRequest", "to", [*NAMES, COPY]),
-        ("ForkRequest", "version", [1, None]),
-    ]:
-        properties = document["components"]["schemas"][body]["properties"]
-        properties[field] = {"anyOf": [{"enum": values}, properties[field]]}
-    tokens = {"type": "array", "minItems": 1, "maxItems": 20}
-    tokens["items"] = {"type": "integer", "minimum": 0, "maximum": VOCAB - 1}
+    schemas = document["components"]["schemas"]
+    _prefer(schemas["Memory"]["properties"], "session", {"enum": NAMES})
     paths = {
         path: document["paths"][path]
         for path in document["paths"]
@@ -84,26 +91,32 @@ def memory_api(tool_server: Server) -> schemathesis.BaseSchema:
     for path, operations in paths.items():
         for operation in operations.values():
             for parameter in operation.get("parameters", ()):
-                if parameter["name"] == "session":
-                    parameter["schema"] = {"anyOf": [known, parameter["schema"]]}
+                if parameter["name"] in PREFERRED_PARAMETERS:
+                    _prefer(parameter, "schema", PREFERRED_PARAMETERS[parameter["name"]])
             content = operation.get("requestBody", {}).get("content", {}).get("application/json")
             if path in FIXED:
                 fixed = {"model": MODEL, "max_tokens": 2, **FIXED[path]}
-                content["schema"] = {
-                    "type": "object",
-                    "properties": {
-                        **{name: {"const": value} for name, value in fixed.items()},
-                        "memory": {"$ref": "#/components/schemas/Memory"},
-                    },
-                    "required": [*fixed, "memory"],
-                }
-            elif path.endswith("/ingest"):
-                good = {"type": "object", "required": ["token_ids"], "additionalProperties": False}
-                good["properties"] = {"token_ids": tokens, "stream": {"type": "boolean"}}
-                content["schema"] = {"anyOf": [good, content["schema"]]}
+                constants = {name: {"const": value} for name, value in fixed.items()}
+                memory = {"memory": {"$ref": "#/components/schemas/Memory"}}
+                content["schema"] = _object({**constants, **memory})
+            elif (action := path.rpartition("/")[2]) in PREFERRED_BODIES:
+                _prefer(content, "schema", _object(PREFERRED_BODIES[action]))
     api = schemathesis.openapi.from_dict({**document, "paths": paths})
     api.config.update(base_url=tool_server.url)
     return api
+
+
+def _prefer(holder: dict[str, Any], name: str, schema: dict[str, Any]) -> None:
+    holder[name] = {"anyOf": [schema, holder[name]]}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [*properties],
+        "additionalProperties": False,
+    }
 
 
 def test_all_operations_are_tried(memory_api: schemathesis.BaseSchema) -> None:
