@@ -52,7 +52,9 @@ TOKENIZER.chat_template = TEMPLATE
 WORDS: Final = {"structured_outputs": {"regex": "[a-z]{3,9}( [a-z]{3,9}){1,3}"}}
 """Field of a request: the answer is text."""
 
-NO_WHITE_SPACE: Final = {str(token): -100 for token in TOKENIZER.encode("\t\r \n.\n\n")}
+NO_WHITE_SPACE: Final = {
+    str(token): -100 for text in ("\t\r \n", "\n\n") for token in TOKENIZER.encode(text)
+}
 """Bias that keeps white space out of JSON, where a random model would never end it."""
 
 
