@@ -3,8 +3,10 @@
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
 from fastapi.routing import APIRoute
+from starlette.convertors import PathConvertor, register_url_convertor
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from deltamem_vllm.api.generation import Generation, stock_answer
 from deltamem_vllm.api.ingesting import Ingests
@@ -36,8 +38,17 @@ Model = Annotated[
 ]
 
 
+class _NameConvertor(PathConvertor):
+    """A session's name in a path: all of it, whereas `path` passes over a line break at its end."""
+
+    regex = "(?s:.*)"
+
+
+register_url_convertor("session", _NameConvertor())
+
+
 class _OurRoute(APIRoute):
-    """Answers our errors in the form of OpenAI's."""
+    """Answers our errors, and a body that cannot be read, in the form of OpenAI's."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -47,6 +58,9 @@ class _OurRoute(APIRoute):
                 return await handle(request)
             except DeltaMemError as error:
                 return problem_response(error)
+            except StarletteHTTPException as error:
+                # vLLM's handler is for FastAPI's class, but FastAPI raises the one behind it.
+                raise HTTPException(error.status_code, error.detail) from error
 
         return handler
 
@@ -151,7 +165,7 @@ async def delete_sessions(raw_request: Request, all: bool = False) -> TenantDele
     )
 
 
-@session_router.post("/{session:path}/fork")
+@session_router.post("/{session:session}/fork")
 async def fork_session(
     session: str, body: ForkRequest, raw_request: Request, model: Model = None
 ) -> SessionDetail:
@@ -162,7 +176,7 @@ async def fork_session(
     return SessionDetail.of((record,))
 
 
-@session_router.post("/{session:path}/rollback")
+@session_router.post("/{session:session}/rollback")
 async def roll_back_session(
     session: str, body: RollbackRequest, raw_request: Request, model: Model = None
 ) -> SessionDetail:
@@ -174,7 +188,7 @@ async def roll_back_session(
 
 
 @session_router.post(
-    "/{session:path}/ingest",
+    "/{session:session}/ingest",
     responses={200: {"model": IngestReport, "content": {"text/event-stream": {}}}},
 )
 @with_cancellation
@@ -189,7 +203,7 @@ async def ingest(
 
 
 @session_router.get(
-    "/{session:path}/export",
+    "/{session:session}/export",
     response_class=Response,
     responses={200: {"content": {SNAPSHOT_TYPE: {}}}},
 )
@@ -209,7 +223,7 @@ async def export_session(
 
 
 @session_router.post(
-    "/{session:path}/import",
+    "/{session:session}/import",
     openapi_extra={
         "requestBody": {
             "required": True,
@@ -241,7 +255,7 @@ async def import_session(
 # After the routes with a word behind the name: a name may have slashes in it.
 
 
-@session_router.get("/{session:path}")
+@session_router.get("/{session:session}")
 async def get_session(session: str, raw_request: Request, model: Model = None) -> SessionDetail:
     """A session and its kept versions."""
     service = service_of(raw_request)
@@ -250,7 +264,7 @@ async def get_session(session: str, raw_request: Request, model: Model = None) -
     return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
 
 
-@session_router.delete("/{session:path}")
+@session_router.delete("/{session:session}")
 async def delete_session(session: str, raw_request: Request, model: Model = None) -> Deleted:
     """Delete a session for good, a running turn or not."""
     service = service_of(raw_request)

@@ -194,7 +194,7 @@ class IngestRequest(_Body):
     """Names the ingest: when it is repeated under the same name, it goes on where it stopped, or
     says what it did."""
 
-    segment_tokens: int | None = Field(default=None, ge=1)
+    segment_tokens: int | None = Field(default=None, ge=1, le=2**31 - 1)
     """Tokens per request to the engine. Fixed by a session's first ingest; None is that, or the
     server's choice."""
 

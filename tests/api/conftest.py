@@ -8,6 +8,7 @@ import pytest
 
 from deltamem_vllm.sessions import SessionStore, open_store
 from tests.api.server import CASE, Server, linked_checkpoint
+from tests.api.tool_chats import FLAGS, checkpoint_of_bytes
 from tests.oracle import Oracle
 
 VERSIONS_KEPT = 100
@@ -26,6 +27,20 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         checkpoint,
         folder,
         store=f"sqlite:///{folder}/sessions.db",
+        environment={"DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT)},
+    ) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def tool_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose tokens are bytes, and whose model calls tools."""
+    folder = tmp_path_factory.mktemp("tools")
+    with Server(
+        checkpoint_of_bytes(folder),
+        folder,
+        store=f"sqlite:///{folder}/sessions.db",
+        flags=FLAGS,
         environment={"DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT)},
     ) as server:
         yield server
@@ -56,5 +71,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
 def show_log_on_failure(request: pytest.FixtureRequest) -> Iterator[None]:
     failed_before = request.session.testsfailed
     yield
-    if request.session.testsfailed > failed_before and "server" in request.fixturenames:
-        print(request.getfixturevalue("server").tail())
+    if request.session.testsfailed > failed_before:
+        for name in {"server", "tool_server"}.intersection(request.fixturenames):
+            print(request.getfixturevalue(name).tail())

@@ -61,10 +61,11 @@ def ask(
     create = client.chat.completions.create if is_chat else client.completions.create
     answer = create(**arguments)
     parts = [part.model_dump() for part in answer] if stream else [answer.model_dump()]
-    return _put_together(parts, is_chat, stream)
+    return put_together(parts, is_chat, stream)
 
 
-def _put_together(parts: Sequence[dict[str, Any]], is_chat: bool, stream: bool) -> Reply:
+def put_together(parts: Sequence[dict[str, Any]], is_chat: bool, stream: bool) -> Reply:
+    """The reply of these bodies, one if it was whole, or the events of a stream."""
     text, prompt_ids, token_ids, finish_reason, memory = "", [], [], "", None
     for part in parts:
         if part.get("memory") is not None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import openai
@@ -330,6 +331,7 @@ def test_a_template_of_a_request_cannot_write_a_session(server: Server) -> None:
         {"token_ids": ["w1"]},
         {"token_ids": [5], "text": "w10"},
         {"text": "w10", "segment_tokens": 0},
+        {"text": "w10", "segment_tokens": 2**31},
         {"text": "w10", "unknown": 1},
         {"text": "w10", "ttl": -1},
         {"text": "w10", "job_id": "x" * 201},
@@ -343,3 +345,22 @@ def test_bad_ingest_is_refused(server: Server, body: dict[str, Any]) -> None:
     answer = sessions(server, "POST", "/bad-ingest/ingest", json=body)
     assert answer.status_code in (400, 413, 422), answer.text
     assert sessions(server, "GET", "/bad-ingest").status_code == 404
+
+
+def test_a_line_break_is_part_of_the_name_in_a_path(client: openai.OpenAI, server: Server) -> None:
+    name = new_name("line")
+    ask(client, COMPLETION, {"session": name})
+    for method, end in [("GET", "\n"), ("GET", "\n/export"), ("DELETE", "\n"), ("GET", "\nb")]:
+        answer = sessions(server, method, f"/{quote(name + end)}")
+        assert answer.status_code == 400, answer.text
+        assert "do not print" in answer.json()["error"]["message"]
+    assert sessions(server, "GET", f"/{name}").json()["version"] == 1
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/v1/memory/sessions/a/fork"]
+)
+def test_a_body_that_is_no_text_is_a_problem_like_any_other(server: Server, path: str) -> None:
+    answer = post(server, path, content=b"\xff", headers={"content-type": "application/json"})
+    assert answer.status_code == 400
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
