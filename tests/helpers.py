@@ -20,6 +20,7 @@ VOCAB = 320
 SPECIAL_WORDS = ("<pad>", "<eos>", "<unk>", "system", "user", "assistant")
 
 CHAT_TEMPLATE = (
+    "{% for tool in tools or [] %}system {{ tool.function.name }} {% endfor %}"
     "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
 )
@@ -95,7 +96,8 @@ def word(token: int) -> str:
 def with_word_tokenizer(model: Path, target: Path) -> Path:
     """A copy, by links, of a golden case's checkpoint that reads and writes text.
 
-    A token is a word; the chat template puts roles and contents in one line.
+    A token is a word; the chat template puts roles and contents in one line, behind the names of
+    tools.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -39,6 +39,7 @@ def split_boundary(
     *,
     add_generation_prompt: bool = True,
     prompt: Sequence[int] | None = None,
+    bare: Render | None = None,
 ) -> int:
     """How many tokens, from the prompt's start, are read and not written.
 
@@ -49,8 +50,9 @@ def split_boundary(
     messages alone. Text of standing and reread messages is never counted as fresh, unless the
     template leaves it out when the messages change.
 
-    With neither standing nor reread messages everything is fresh, a system prompt that the
-    template brings along included.
+    With neither standing nor reread messages only tool definitions before the first fresh message
+    are not written, with what the template puts before them; a system prompt that the template
+    brings along by itself is.
 
     Args:
         render: the model's chat template. Called up to five times; the text of the first fresh
@@ -58,16 +60,20 @@ def split_boundary(
         standing, reread, fresh: as in a `FoldPlan`; rendered in this order.
         add_generation_prompt: whether the full prompt ends with what opens a reply.
         prompt: the full prompt, if it was rendered already.
+        bare: the same template without tool definitions; None if there are none.
 
     Raises:
         MemoryRequestError: the template renders something of the earlier messages behind the text
             of the first fresh one, or the same tokens for different texts, so there is no such
             number.
     """
-    if not standing and not reread:
+    if not standing and not reread and bare is None:
         return 0
     if prompt is None:
         prompt = render([*standing, *reread, *fresh], add_generation_prompt=add_generation_prompt)
+    if not standing and not reread:
+        assert bare is not None
+        return _behind_tools(render, bare, fresh, prompt, add_generation_prompt)
     seam = _find_seam(render, standing, reread, fresh, prompt, add_generation_prompt)
     return seam.boundary
 
@@ -104,6 +110,20 @@ def pending_after(output_ids: Sequence[int], terminator: Sequence[int]) -> tuple
         if tuple(output_ids[-there:]) == tuple(terminator[:there]):
             return (*last, *terminator[there:])
     return (*last, *terminator)
+
+
+def _behind_tools(
+    render: Render,
+    bare: Render,
+    fresh: Sequence[Message],
+    prompt: Sequence[int],
+    add_generation_prompt: bool,
+) -> int:
+    """Where tool definitions end; 0 if the template does not put them before all messages."""
+    without = bare(fresh, add_generation_prompt=add_generation_prompt)
+    end = len(prompt) - _common_suffix(prompt, without)
+    other = render(_with_other_start(fresh), add_generation_prompt=add_generation_prompt)
+    return end if end <= common_prefix(prompt, other) else 0
 
 
 def _find_seam(

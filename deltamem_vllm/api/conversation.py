@@ -153,6 +153,7 @@ class Conversations:
             memory,
             tenant_key(self._secret, key.tenant),
             self._render(request),
+            self._render(_without_tools(request)) if request.tools else None,
             writes=writes,
         )
         return Plan(
@@ -168,9 +169,9 @@ class Conversations:
         """What the request's template puts behind a reply. Empty if it cannot be told."""
         known = repr((request.chat_template, request.chat_template_kwargs))
         if known not in self._terminators:
-            bare = request.model_copy(update={"tools": None, "tool_choice": "none"})
+            render = self._render(_without_tools(request))
             try:
-                terminator = await asyncio.to_thread(turn_terminator, self._render(bare))
+                terminator = await asyncio.to_thread(turn_terminator, render)
             # A template refuses conversations that it was not made for each in its own way. The
             # turn has its answer by now, and is not to be lost for that.
             except Exception as error:
@@ -192,6 +193,11 @@ class Conversations:
             return asyncio.run_coroutine_threadsafe(rendering, loop).result()
 
         return render
+
+
+def _without_tools(request: MemoryChatRequest) -> MemoryChatRequest:
+    bare: MemoryChatRequest = request.model_copy(update={"tools": None, "tool_choice": "none"})
+    return bare
 
 
 def _showing(

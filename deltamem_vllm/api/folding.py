@@ -84,6 +84,7 @@ def fold(
     memory: Memory,
     key: bytes,
     render: Render,
+    bare: Render | None,
     *,
     writes: bool,
 ) -> Fold:
@@ -94,7 +95,7 @@ def fold(
         versions: those kept of the session, newest first; a reading turn's is the only one.
         memory: has a window.
         key: see `hash_message`.
-        render: the model's chat template.
+        render, bare: the model's chat template, see `split_boundary`.
         writes: see `plan_fold`.
 
     Raises:
@@ -114,18 +115,20 @@ def fold(
     prompt = render(shown, add_generation_prompt=True)
     reread = 0
     if writes:
-        reread = split_boundary(render, plan.standing, plan.reread, plan.fresh, prompt=prompt)
+        reread = split_boundary(
+            render, plan.standing, plan.reread, plan.fresh, prompt=prompt, bare=bare
+        )
     return Fold(
         base=next((one for one in versions if one.version == plan.base_version), None),
         shown=shown,
-        ingest=_ingested(render, plan),
+        ingest=_ingested(render, bare, plan),
         reread=reread,
         chain=plan.chain_after_prompt,
         tokens_saved=_saved(render, plan, len(prompt)),
     )
 
 
-def _ingested(render: Render, plan: FoldPlan) -> tuple[int, ...]:
+def _ingested(render: Render, bare: Render | None, plan: FoldPlan) -> tuple[int, ...]:
     """The tokens of messages that are written without being shown.
 
     They are rendered behind the standing ones, which stay out, as in the prompt.
@@ -134,7 +137,13 @@ def _ingested(render: Render, plan: FoldPlan) -> tuple[int, ...]:
         return ()
     tokens = render([*plan.standing, *plan.ingest], add_generation_prompt=False)
     start = split_boundary(
-        render, plan.standing, (), plan.ingest, add_generation_prompt=False, prompt=tokens
+        render,
+        plan.standing,
+        (),
+        plan.ingest,
+        add_generation_prompt=False,
+        prompt=tokens,
+        bare=bare,
     )
     return tuple(tokens[start:])
 

@@ -61,7 +61,6 @@ class Turns:
         self._render = self._render_bare = None
         if is_chat:
             self._render = chat_render(service.llm, arguments)
-            # What ends a turn is told by a conversation that calls no tools.
             self._render_bare = chat_render(service.llm, {**arguments, "tools": None})
 
     def run(self, turns: Sequence[Turn]) -> list[RequestOutput]:
@@ -150,6 +149,7 @@ class Turns:
                 memory,
                 self._service.chain_key,
                 self._render,
+                self._render_bare if self._arguments.get("tools") else None,
                 writes=turn.writes,
             )
             turn.base = folded.base

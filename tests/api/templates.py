@@ -104,6 +104,20 @@ PLAIN = (
     "{%- if add_generation_prompt -%}{{ '\nassistant: ' }}{%- endif -%}"
 )
 
+# Definitions of tools come first, in a message of their own, with a system message if there is one.
+TOOLS = (
+    "{%- if tools -%}{{ '<|im_start|>system\n' }}"
+    "{%- for t in tools -%}{{ t.function.name + '\n' }}{%- endfor -%}{{ '<|im_end|>\n' }}"
+    "{%- endif -%}" + CHATML
+)
+
+# Definitions come behind the first question.
+LATE_TOOLS = CHATML.replace(
+    "{{ '<|im_end|>\n' }}{%- endfor -%}",
+    "{%- if loop.first -%}{%- for t in tools or [] -%}{{ t.function.name }}{%- endfor -%}"
+    "{%- endif -%}{{ '<|im_end|>\n' }}{%- endfor -%}",
+)
+
 BACKWARDS = "{%- for m in messages | reverse -%}{{ '<|im_start|>' + m.content }}{%- endfor -%}"
 
 
@@ -131,6 +145,7 @@ class Renderer:
 
     template: str
     tokenizer: PreTrainedTokenizerFast = TOKENIZER
+    tools: Sequence[Message] | None = None
     characters_rendered: int = 0
 
     def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
@@ -139,6 +154,7 @@ class Renderer:
             list(messages),
             chat_template=self.template,
             add_generation_prompt=add_generation_prompt,
+            tools=None if self.tools is None else list(self.tools),
             tokenize=True,
             return_dict=False,
         )

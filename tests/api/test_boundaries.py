@@ -16,12 +16,14 @@ from tests.api.templates import (
     BACKWARDS,
     CHATML,
     IN_ORDER,
+    LATE_TOOLS,
     LLAMA,
     MERGED,
     PLAIN,
     SPECIAL,
     THINKING,
     TOKENIZER,
+    TOOLS,
     Renderer,
 )
 
@@ -237,6 +239,33 @@ def test_the_demo_models_prompt_is_split_between_messages() -> None:
     boundary = split_boundary(render, before[:1], before[1:], fresh)
     assert boundary == len(render(before, add_generation_prompt=False))
     assert turn_terminator(render) == (tokenizer.eos_token_id,)
+
+
+TOOL_DEFINITIONS = [
+    {"type": "function", "function": {"name": name, "parameters": {}}} for name in ("now", "then")
+]
+OTHER_TOOLS = "<|im_start|>system\nnow\nthen\n<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "fresh", "read"),
+    [
+        (TOOLS, [user("hi")], OTHER_TOOLS),
+        (TOOLS, [user("now"), assistant("then"), user("now")], OTHER_TOOLS),
+        (CHATML, [user("hi")], ""),
+        (LATE_TOOLS, [user("hi")], ""),
+        (LATE_TOOLS, [user("hi"), assistant("ho"), user("hi")], ""),
+    ],
+)
+def test_definitions_of_tools_are_not_written(
+    template: str, fresh: list[dict[str, Any]], read: str
+) -> None:
+    """Unless the template has them behind what is to be written."""
+    render = Renderer(template, tools=TOOL_DEFINITIONS)
+    prompt = render(fresh, add_generation_prompt=True)
+    boundary = split_boundary(render, (), (), fresh, bare=Renderer(template))
+    assert render.text(prompt[:boundary]) == read
+    assert split_boundary(render, (), (), fresh) == 0
 
 
 @pytest.mark.parametrize(

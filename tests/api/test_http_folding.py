@@ -90,6 +90,42 @@ def test_a_history_that_comes_late_is_ingested(
     assert_states_close(state_of(record_of(store, "late")), oracle(fed, state=ingested.state).state)
 
 
+def test_definitions_of_tools_are_never_written(
+    client: openai.OpenAI, store: SessionStore, oracle: Oracle
+) -> None:
+    """They are shown, also where there is no system message."""
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {}}}]
+    history = [
+        {"role": role, "content": said(75 + number, 6)}
+        for number, role in enumerate(["user", "assistant", "user"])
+    ]
+    for name, first in (("tools", 2), ("late tools", 0)):
+        reply = client.chat.completions.create(
+            model=MODEL,
+            messages=history[first:],
+            max_tokens=6,
+            temperature=0,
+            tools=tools,
+            tool_choice="none",
+            extra_body={
+                "return_token_ids": True,
+                "ignore_eos": True,
+                **memory(name, window={"messages": 1}),
+            },
+        )
+        prompt_ids = reply.model_extra["prompt_token_ids"]
+        assert prompt_ids[:-1] == [
+            *tokens_of([{"role": "system", "content": "w7"}]),
+            *tokens_of(history[2:]),
+        ]
+        state = oracle(tokens_of(history[first:2])).state if first == 0 else None
+        fed = [*prompt_ids, *reply.choices[0].model_extra["token_ids"][:-1]]
+        written = [position >= 2 for position in range(len(fed))]
+        record = record_of(store, name)
+        assert_states_close(state_of(record), oracle(fed, state=state, written=written).state)
+        assert record.content.tokens_written == len(fed) - 2 + length_of(history[first:2])
+
+
 def tokens_of(messages: Sequence[Any]) -> list[int]:
     words = {word(token): token for token in range(VOCAB)}
     return [

@@ -143,6 +143,26 @@ def test_a_window_of_a_reader_shows_what_was_never_written(llm: MemoryLLM) -> No
     assert contents(llm) == before
 
 
+def test_definitions_of_tools_are_never_written(llm: MemoryLLM, oracle: Oracle) -> None:
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {}}}]
+    history = [said(110 + number, 6) for number in range(3)]
+    history[1]["role"] = "assistant"
+    (output,) = llm.chat(
+        history,
+        greedy(6, detokenize=True),
+        Memory(session="a", window={"messages": 1}),
+        tools=tools,
+        use_tqdm=False,
+    )
+    shown = tokens_of([{"role": "system", "content": "w7"}, history[2]])
+    assert output.prompt_token_ids == [*shown, WORDS["assistant"]]
+    ingested = oracle(tokens_of(history[:2]))
+    fed = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    written = [position >= 2 for position in range(len(fed))]
+    expected = oracle(fed, state=ingested.state, written=written)
+    assert_states_close(llm.sessions["a"].state, expected.state)
+
+
 def test_an_image_is_refused(llm: MemoryLLM) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     with pytest.raises(MemoryRequestError, match="image_url"):
