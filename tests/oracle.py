@@ -1,6 +1,7 @@
 """An independent answer: transformers in fp32, the sequential definition, request by request."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,3 +56,30 @@ class Oracle:
             for index, value in self.memory.states.items()
         }
         return Answer(torch.log_softmax(logits, dim=-1), states)
+
+    @contextmanager
+    def corrections(self, layer: int, head: str) -> Iterator[list[Tensor]]:
+        """Collect what memory does to one projection's output, by calls made inside.
+
+        Yields:
+            A list with [2, T] fp32 per call: each token's squared norm of the correction, and of
+            the output that it is added to.
+        """
+        projection = getattr(self.model.model.layers[layer].self_attn, f"{head}_proj")
+        seen: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def note(_: object, __: object, output: Tensor) -> None:
+            seen.append(output[0])
+            if len(seen) == 2:
+                plain, corrected = seen
+                found.append(torch.stack([corrected - plain, plain]).square().sum(-1))
+                seen.clear()
+
+        # Before and after the hook of the memory.
+        handles = [projection.register_forward_hook(note, prepend=first) for first in (True, False)]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
