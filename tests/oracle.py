@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltamem_vllm.adapter import load_adapter
+from deltamem_vllm.engine.probe import CorrectionNorms, probed_head, probed_layer
 from deltamem_vllm.training.attached import AttachedMemory
 
 
@@ -83,3 +84,25 @@ class Oracle:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def correction_norms(
+    oracle: Oracle,
+    adapter_dir: Path,
+    texts: Sequence[list[int]],
+    state: dict[str, Tensor] | None = None,
+    writes: bool = True,
+) -> CorrectionNorms:
+    """What a probe adds up over `texts`, each of which starts from `state`.
+
+    The first token of an empty memory reads nothing, and does not count.
+    """
+    adapter = load_adapter(adapter_dir)
+    head = probed_head(adapter.config)
+    assert head is not None
+    with oracle.corrections(probed_layer(adapter), head) as found:
+        for tokens in texts:
+            oracle(tokens, state=state, writes=writes)
+    first = 1 if state is None else 0
+    correction, corrected = torch.cat([norms[:, first:] for norms in found], dim=1).sum(-1).tolist()
+    return CorrectionNorms(correction, corrected)

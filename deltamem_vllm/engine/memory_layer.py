@@ -93,8 +93,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         normed = config.delta_o_rmsnorm and "o" in config.delta_heads
         self.output_norm = parameter(hidden) if normed else None
         head = probed_head(config)
-        is_probed = head is not None and self.layer_index == probed_layer(adapter)
-        self.probe = CorrectionProbe(head) if is_probed else None
+        has_probe = self.layer_index == probed_layer(adapter)
+        self.probe = CorrectionProbe(head) if has_probe and head is not None else None
 
         context = vllm_config.compilation_config.static_forward_context
         if self.layer_name in context:

@@ -11,10 +11,10 @@ from vllm.forward_context import BatchDescriptor
 
 from deltamem_vllm import Memory, MemoryLLM
 from deltamem_vllm.adapter import Adapter, load_adapter, save_adapter
-from deltamem_vllm.engine.probe import CorrectionNorms, probed_head, probed_layer
+from deltamem_vllm.engine.probe import CorrectionNorms
 from deltamem_vllm.memory import OFF
 from tests.helpers import DATA, greedy, random_tokens, running
-from tests.oracle import Oracle
+from tests.oracle import Oracle, correction_norms
 
 CASE = DATA / "qwen3_tsw"
 ENGINE: dict[str, Any] = {
@@ -62,19 +62,10 @@ def run(llm: MemoryLLM, prompts: Any, memory: Any = None) -> list[list[int]]:
 
 
 def expected(
-    adapter_dir: Path, fed: Sequence[list[int]], state: Any = None, writes: bool = True
+    adapter: Path, fed: Sequence[list[int]], state: Any = None, writes: bool = True
 ) -> CorrectionNorms:
-    """The definition's sums. The first token of an empty memory reads nothing, and is left out."""
-    adapter = load_adapter(adapter_dir)
-    head = probed_head(adapter.config)
-    assert head is not None
-    oracle = Oracle(CASE / "model", adapter_dir)
-    with oracle.corrections(probed_layer(adapter), head) as found:
-        for tokens in fed:
-            oracle(tokens, state=state, writes=writes)
-    first = 0 if state is not None else 1
-    total = sum(norms[:, first:].sum(-1) for norms in found)
-    return CorrectionNorms(*total.tolist())
+    """The definition's sums."""
+    return correction_norms(Oracle(CASE / "model", adapter), adapter, fed, state, writes)
 
 
 def assert_close(actual: CorrectionNorms, wanted: CorrectionNorms) -> None:
@@ -112,6 +103,7 @@ def test_bf16_ratio_is_near_the_fp32_one() -> None:
         str(CASE / "model"), str(CASE / "adapter"), **{**ENGINE, "dtype": "bfloat16"}
     )
     with running(engine) as llm:
+        assert take(llm).ratio is None
         fed = run(llm, PROMPTS)
         ratio = take(llm).ratio
     assert ratio == pytest.approx(expected(CASE / "adapter", fed).ratio, rel=2e-2)
@@ -128,11 +120,6 @@ def llm() -> Iterator[MemoryLLM]:
 def start_from_zero(request: pytest.FixtureRequest) -> None:
     if "llm" in request.fixturenames:
         take(request.getfixturevalue("llm"))
-
-
-def test_nothing_counts_before_the_first_request(llm: MemoryLLM) -> None:
-    assert take(llm) == (0, 0)
-    assert take(llm).ratio is None
 
 
 def test_sums_are_the_definitions_over_requests_and_chunks(llm: MemoryLLM) -> None:
