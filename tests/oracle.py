@@ -1,6 +1,7 @@
 """An independent answer: transformers in fp32, the sequential definition, request by request."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from deltamem_vllm.adapter import load_adapter
+from deltamem_vllm.engine.probe import CorrectionNorms, probed_head, probed_layer
 from deltamem_vllm.training.attached import AttachedMemory
 
 
@@ -55,3 +57,52 @@ class Oracle:
             for index, value in self.memory.states.items()
         }
         return Answer(torch.log_softmax(logits, dim=-1), states)
+
+    @contextmanager
+    def corrections(self, layer: int, head: str) -> Iterator[list[Tensor]]:
+        """Collect what memory does to one projection's output, by calls made inside.
+
+        Yields:
+            A list with [2, T] fp32 per call: each token's squared norm of the correction, and of
+            the output that it is added to.
+        """
+        projection = getattr(self.model.model.layers[layer].self_attn, f"{head}_proj")
+        seen: list[Tensor] = []
+        found: list[Tensor] = []
+
+        def note(_: object, __: object, output: Tensor) -> None:
+            seen.append(output[0])
+            if len(seen) == 2:
+                plain, corrected = seen
+                found.append(torch.stack([corrected - plain, plain]).square().sum(-1))
+                seen.clear()
+
+        # Before and after the hook of the memory.
+        handles = [projection.register_forward_hook(note, prepend=first) for first in (True, False)]
+        try:
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def correction_norms(
+    oracle: Oracle,
+    adapter_dir: Path,
+    texts: Sequence[list[int]],
+    state: dict[str, Tensor] | None = None,
+    writes: bool = True,
+) -> CorrectionNorms:
+    """What a probe adds up over `texts`, each of which starts from `state`.
+
+    The first token of an empty memory reads nothing, and does not count.
+    """
+    adapter = load_adapter(adapter_dir)
+    head = probed_head(adapter.config)
+    assert head is not None
+    with oracle.corrections(probed_layer(adapter), head) as found:
+        for tokens in texts:
+            oracle(tokens, state=state, writes=writes)
+    first = 1 if state is None else 0
+    correction, corrected = torch.cat([norms[:, first:] for norms in found], dim=1).sum(-1).tolist()
+    return CorrectionNorms(correction, corrected)

@@ -56,9 +56,9 @@ def _latency(name: str, meaning: str) -> Histogram:
     return Histogram(f"{PREFIX}{name}_seconds", meaning, buckets=_LATENCIES)
 
 
-def _store_gauge(name: str, meaning: str) -> Gauge:
-    # All processes of a server look at the same store; the last look counts.
-    return Gauge(f"{PREFIX}{name}", meaning, multiprocess_mode="mostrecent")
+def _shared_gauge(name: str, meaning: str, *labels: str) -> Gauge:
+    # All processes of a server look at the same store and engines; the last look counts.
+    return Gauge(f"{PREFIX}{name}", meaning, labels, multiprocess_mode="mostrecent")
 
 
 TURNS: Final = _counter(
@@ -95,10 +95,15 @@ WAITING: Final = Gauge(
     "Turns that wait for a turn before them in the same process.",
     multiprocess_mode="livesum",
 )
-SESSIONS: Final = _store_gauge("sessions", "Sessions in the store, of all tenants and models.")
-VERSIONS: Final = _store_gauge("versions", "Versions kept of them.")
-STATE_BYTES: Final = _store_gauge("state_bytes", "Bytes of the states of these versions.")
-LEASES: Final = _store_gauge("leases", "Sessions that a turn holds.")
+SESSIONS: Final = _shared_gauge("sessions", "Sessions in the store, of all tenants and models.")
+VERSIONS: Final = _shared_gauge("versions", "Versions kept of them.")
+STATE_BYTES: Final = _shared_gauge("state_bytes", "Bytes of the states of these versions.")
+LEASES: Final = _shared_gauge("leases", "Sessions that a turn holds.")
+CORRECTION_RATIO: Final = _shared_gauge(
+    "correction_ratio",
+    "Size of what the memory adds in one layer, over the size of what it is added to.",
+    "head",
+)
 
 for _mode, _outcomes in POSSIBLE.items():
     for _outcome in _outcomes:

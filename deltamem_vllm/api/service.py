@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import Request
 
 from deltamem_vllm.api.conversation import Conversations
+from deltamem_vllm.api.corrections import CorrectionWatch
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
@@ -31,6 +32,9 @@ class MemoryService:
     tenants: TenantResolver
     shape: StateShape
     fingerprints: Fingerprints
+
+    corrections: CorrectionWatch | None
+    """None where the workers must not be asked."""
 
     lora_requests: Mapping[str, Any]
     """Served LoRA adapters by model name; changes while the server runs."""

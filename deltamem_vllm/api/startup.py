@@ -4,7 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.conversation import Conversations
+from deltamem_vllm.api.corrections import CorrectionWatch
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.ingest import Ingester
@@ -27,6 +28,7 @@ from deltamem_vllm.api.turns import SessionTurns
 from deltamem_vllm.api.usage import prepare_log
 from deltamem_vllm.engine.compat import call_all_workers, kv_connector_of
 from deltamem_vllm.engine.names import CONNECTOR_NAME
+from deltamem_vllm.engine.probe import probed_head
 from deltamem_vllm.engine.settings import MemoryConfigHook, adapter_of
 from deltamem_vllm.errors import EngineConfigError, StoreError
 from deltamem_vllm.sessions import open_store
@@ -66,11 +68,19 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
     logger.info("delta-mem: sessions in %s", "; ".join(facts))
     if settings.usage_log:
         prepare_log()
-    shape = StateShape.of(adapter_of(vllm_config))
+    adapter = adapter_of(vllm_config)
+    shape = StateShape.of(adapter)
     max_model_len = vllm_config.model_config.max_model_len
     collector = StateCollector(
         partial(call_all_workers, engine_client, "take_memory_states"), shape
     )
+    corrections = None
+    # The memory that a sleeping engine gave back must not be read.
+    if not vllm_config.model_config.enable_sleep_mode:
+        corrections = CorrectionWatch(
+            partial(call_all_workers, engine_client, "take_correction_norms"),
+            probed_head(adapter.config),
+        )
     door = EngineDoor(engine_client, collector, max_model_len)
     renderer = ChatRenderer(state.online_renderer)
     return MemoryService(
@@ -90,12 +100,13 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         tenants=TenantResolver(settings),
         shape=shape,
         fingerprints=fingerprints,
+        corrections=corrections,
         lora_requests=state.openai_serving_models.lora_requests,
     )
 
 
 def keep_house(app: FastAPI) -> None:
-    """From the app's start to its end sweep the store and show its size; then close it."""
+    """From the app's start to its end sweep the store, and show its size and what memories do."""
     stock = app.router.lifespan_context
 
     @asynccontextmanager
@@ -105,13 +116,15 @@ def keep_house(app: FastAPI) -> None:
             if service is None:
                 yield state
                 return
-            sweeping = asyncio.create_task(_sweep(service))
+            chores = [asyncio.create_task(_sweep(service))]
+            if service.corrections is not None:
+                chores.append(asyncio.create_task(service.corrections.run()))
             try:
                 yield state
             finally:
-                sweeping.cancel()
-                with suppress(asyncio.CancelledError):
-                    await sweeping
+                for chore in chores:
+                    chore.cancel()
+                await asyncio.wait(chores)
                 await service.turns.shut_down()
 
     app.router.lifespan_context = lifespan

@@ -27,6 +27,7 @@ from deltamem_vllm.engine.compat import (
     get_tensor_model_parallel_rank,
 )
 from deltamem_vllm.engine.memory_layer import MemoryLayer
+from deltamem_vllm.engine.probe import CorrectionNorms
 from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
 from deltamem_vllm.engine.settings import adapter_of, page_layout
 from deltamem_vllm.errors import MemoryRequestError
@@ -275,3 +276,10 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     def forget_states(self) -> None:
         """Drop all final states that nobody took."""
         self._saved.clear()
+
+    def take_correction_norms(self) -> CorrectionNorms:
+        """What the probe of this worker's layers added up since the last call; 0 without one."""
+        for layer in self._layers:
+            if layer.probe is not None:
+                return layer.probe.take()
+        return CorrectionNorms(0.0, 0.0)

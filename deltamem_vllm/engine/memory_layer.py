@@ -34,6 +34,7 @@ from deltamem_vllm.engine.compat import (
     kv_connector_of,
 )
 from deltamem_vllm.engine.names import CONNECTOR_NAME
+from deltamem_vllm.engine.probe import CorrectionProbe, probed_head, probed_layer
 from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
 from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.ops import StatePages, memory_step, warm_up
@@ -91,6 +92,9 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         )
         normed = config.delta_o_rmsnorm and "o" in config.delta_heads
         self.output_norm = parameter(hidden) if normed else None
+        head = probed_head(config)
+        has_probe = self.layer_index == probed_layer(adapter)
+        self.probe = CorrectionProbe(head) if has_probe and head is not None else None
 
         context = vllm_config.compilation_config.static_forward_context
         if self.layer_name in context:
@@ -166,9 +170,9 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             reads: [T, H * r] fp32.
         """
         return (
-            corrected(q, self.delta_q, reads),
-            corrected(k, self.delta_k, reads),
-            corrected(v, self.delta_v, reads),
+            self._corrected("q", q, self.delta_q, reads),
+            self._corrected("k", k, self.delta_k, reads),
+            self._corrected("v", v, self.delta_v, reads),
         )
 
     def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
@@ -176,13 +180,25 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
         Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
         """
-        if self.output_norm is None or self.delta_o is None:
-            return corrected(output, self.delta_o, reads)
-        delta = nn.functional.linear(reads, self.delta_o).to(output.dtype).float()
-        delta = nn.functional.rms_norm(
-            delta, (delta.shape[-1],), self.output_norm, self.config.delta_o_rmsnorm_eps
-        )
-        return output + delta.to(output.dtype)
+        return self._corrected("o", output, self.delta_o, reads)
+
+    def _corrected(
+        self, head: DeltaHead, base: Tensor, delta: Tensor | None, reads: Tensor
+    ) -> Tensor:
+        """base [T, n] + the correction that reads [T, H * r] make; `base` itself without a head."""
+        if delta is None:
+            return base
+        correction = nn.functional.linear(reads, delta).to(base.dtype)
+        if head == "o" and self.output_norm is not None:
+            correction = nn.functional.rms_norm(
+                correction.float(),
+                (correction.shape[-1],),
+                self.output_norm,
+                self.config.delta_o_rmsnorm_eps,
+            ).to(base.dtype)
+        if self.probe is not None and self.probe.head == head:
+            self.probe(base, correction, reads)
+        return base + correction
 
     # KV cache
 
@@ -261,13 +277,6 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""
         assert self.pages is not None
         return self.pages.states[block, num_tokens % self.layout.ring]
-
-
-def corrected(base: Tensor, delta: Tensor | None, reads: Tensor) -> Tensor:
-    """base + delta @ read for [T, n] and [T, H * r]; `base` itself where the head is off."""
-    if delta is None:
-        return base
-    return base + nn.functional.linear(reads, delta).to(base.dtype)
 
 
 def present(*tensors: Tensor | None) -> list[Tensor]:

@@ -20,3 +20,10 @@ class MemoryWorkerExtension:
         connector = get_kv_transfer_group()
         assert isinstance(connector, DeltaMemConnector)
         connector.forget_states()
+
+    def take_correction_norms(self) -> tuple[float, float]:
+        """See `DeltaMemConnector.take_correction_norms`; as a plain tuple."""
+        connector = get_kv_transfer_group()
+        assert isinstance(connector, DeltaMemConnector)
+        norms = connector.take_correction_norms()
+        return norms.correction, norms.corrected

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from deltamem_vllm.api.corrections import INTERVAL_S
 from deltamem_vllm.sessions import SessionStore, open_store
-from tests.api.server import Server
+from tests.api.server import CASE, Server
 from tests.api.sessions_http import Ledger, Reply, ask, new_name, record_of
 from tests.helpers import random_tokens
-from tests.oracle import Oracle
+from tests.oracle import Oracle, correction_norms
 
 pytestmark = pytest.mark.slow
 
@@ -75,6 +78,33 @@ def test_concurrent_sessions_have_the_states_of_their_own_tokens(
         for reply in replies:
             ledger.turn(reply)
         ledger.check(record_of(store, session, tenant="a"))
+
+
+def test_correction_ratio_is_of_all_engines_and_shown_once(server: Server, oracle: Oracle) -> None:
+    def generate(seed: int) -> list[int]:
+        prompt = random_tokens(seed, 20 + seed % 40)
+        with client_of(server, "key-a") as client:
+            reply = ask(client, prompt, None, extra={"ignore_eos": True})
+        return [*prompt, *reply.token_ids[:-1]]
+
+    # The workers may be asked in the midst of a request; hardly five times.
+    for attempt in range(5):
+        time.sleep(2 * INTERVAL_S)
+        with ThreadPoolExecutor(SESSIONS) as pool:
+            fed = list(pool.map(generate, range(1000 + 10 * attempt, 1008 + 10 * attempt)))
+        time.sleep(2 * INTERVAL_S)
+        text = httpx.get(f"{server.url}/metrics", timeout=30).text
+        shown = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == "deltamem:correction_ratio"
+        ]
+        assert len(shown) == 1
+        norms = correction_norms(oracle, CASE / "adapter", fed)
+        if shown[0] == pytest.approx(norms.ratio, rel=1e-3):
+            return
+    assert shown[0] == pytest.approx(norms.ratio, rel=1e-3)
 
 
 def test_another_tenants_session_is_invisible(server: Server, store: SessionStore) -> None:

@@ -13,9 +13,11 @@ from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families
 
 from deltamem_vllm.api import metrics
-from tests.api.server import Server
+from deltamem_vllm.api.corrections import INTERVAL_S
+from tests.api.server import CASE, Server
 from tests.api.sessions_http import SHAPE, ask
 from tests.helpers import random_tokens, word
+from tests.oracle import Oracle, correction_norms
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "metrics.md"
 PROMPT = random_tokens(3, 40)
@@ -232,3 +234,34 @@ def test_gauges_follow_the_store(server: Server, client: openai.OpenAI) -> None:
         found = tuple(scrape[name] for name in names)
         time.sleep(0.1)
     assert found == expected
+
+
+def correction_ratio(server: Server) -> float:
+    """The gauge's only sample; the adapter corrects outputs."""
+    name = f"{metrics.PREFIX}correction_ratio"
+    found = {labels: v for (family, labels), v in Scrape(server).samples.items() if family == name}
+    assert list(found) == [frozenset({("head", "o")})]
+    return next(iter(found.values()))
+
+
+def test_correction_ratio_is_the_definitions_of_the_latest_tokens(
+    server: Server, client: openai.OpenAI, oracle: Oracle
+) -> None:
+    def settle() -> float:
+        time.sleep(2 * INTERVAL_S)
+        return correction_ratio(server)
+
+    before = settle()
+    # The workers may be asked in the midst of a request; hardly three times.
+    for attempt in range(3):
+        prompt = random_tokens(70 + attempt, 60)
+        reply = ask(client, prompt, None, extra=IGNORE_EOS)
+        norms = correction_norms(oracle, CASE / "adapter", [[*prompt, *reply.token_ids[:-1]]])
+        assert before != pytest.approx(norms.ratio, rel=1e-3)
+        shown = settle()
+        if shown == pytest.approx(norms.ratio, rel=1e-3):
+            break
+    assert shown == pytest.approx(norms.ratio, rel=1e-3)
+
+    ask(client, random_tokens(80, 60), {"mode": "off"}, extra=IGNORE_EOS)
+    assert settle() == shown

@@ -2,8 +2,9 @@
 
 SPEC holds `llm` (arguments of `MemoryLLM`), `prompts` (lists of token ids) and `max_tokens`. OUT
 becomes a safetensors file with, per prompt i, `tokens.i`, `logprobs.i` [n, vocab] and
-`state.i.<layer>`. Engines that span processes or compile are started this way, so that they share
-nothing with the test's process.
+`state.i.<layer>`, and with `norms_before` and `norms` [workers, 2], what probes added up until the
+first prompt, and since then. Engines that span processes or compile are started this way, so that
+they share nothing with the test's process.
 """
 
 import json
@@ -29,13 +30,14 @@ def main(spec_path: str, out_path: str) -> None:
         detokenize=False,
     )
     prompts = spec["prompts"]
+    tensors = {"norms_before": torch.tensor(llm.collective_rpc("take_correction_norms"))}
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
         sampling,
         memory=[Memory(session=str(index)) for index in range(len(prompts))],
         use_tqdm=False,
     )
-    tensors = {}
+    tensors["norms"] = torch.tensor(llm.collective_rpc("take_correction_norms"))
     for index, output in enumerate(outputs):
         tensors[f"tokens.{index}"] = torch.tensor(output.outputs[0].token_ids)
         tensors[f"logprobs.{index}"] = full_logprobs(output.outputs[0].logprobs)

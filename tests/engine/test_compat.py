@@ -207,7 +207,7 @@ def test_every_method_the_connector_overrides_exists_in_vllm() -> None:
         if not name.startswith("_") and (inspect.isfunction(value) or isinstance(value, property))
     }
     known = set(dir(compat.KVConnectorBase_V1)) | set(dir(compat.SupportsHMA))
-    assert ours - known == {"forget_states", "take_states"}
+    assert ours - known == {"forget_states", "take_correction_norms", "take_states"}
 
 
 def test_scheduler_output_tells_which_requests_start() -> None:

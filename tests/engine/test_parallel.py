@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from deltamem_vllm.engine.probe import CorrectionNorms
 from tests.helpers import DATA, VOCAB
-from tests.oracle import Oracle
+from tests.oracle import Oracle, correction_norms
 
 LENGTHS = [1, 31, 32, 33, 150, 400]
 MAX_TOKENS = 4
@@ -57,9 +58,11 @@ def run_engine(tmp_path: Path, case: Path, environment: dict, **llm) -> dict[str
 
 def assert_is_oracles(result: dict[str, Tensor], case: Path) -> None:
     oracle = Oracle(case / "model", case / "adapter")
+    texts = []
     for index, tokens in enumerate(prompts()):
         sampled = result[f"tokens.{index}"].tolist()
-        answer = oracle([*tokens, *sampled[:-1]])
+        texts.append([*tokens, *sampled[:-1]])
+        answer = oracle(texts[-1])
         torch.testing.assert_close(
             result[f"logprobs.{index}"], answer.logprobs[len(tokens) - 1 :], rtol=0, atol=1e-4
         )
@@ -68,6 +71,10 @@ def assert_is_oracles(result: dict[str, Tensor], case: Path) -> None:
             torch.testing.assert_close(
                 result[f"state.{index}.{layer}"], state, rtol=0, atol=tolerance
             )
+    assert not result["norms_before"].any()
+    norms = CorrectionNorms(*result["norms"].sum(dim=0).tolist())
+    expected = correction_norms(oracle, case / "adapter", texts)
+    assert norms.ratio == pytest.approx(expected.ratio, rel=1e-3)
 
 
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
