@@ -56,6 +56,7 @@ class Ingester:
         tokens: list[int],
         *,
         segment_tokens: int,
+        salt: str = "",
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
         """Write `tokens` after what a session holds.
@@ -67,6 +68,7 @@ class Ingester:
             content: the session; None for an empty memory.
             tokens: to be written, all of them.
             segment_tokens: see the method.
+            salt: see `begin`.
             engine_kwargs: further arguments of the engine client's `generate`.
 
         Yields:
@@ -77,7 +79,7 @@ class Ingester:
         first = max(1, size - pending)
         written = 0
         for segment in (tokens[:first], *segments(tokens[first:], size)):
-            start = begin("read_write", content, self._shape)
+            start = begin("read_write", content, self._shape, salt=salt)
             state = await self._door.feed(start, list(segment), **engine_kwargs)
             fed = len(start.pending) + len(segment)
             content = start.content(state, fed, pending=())

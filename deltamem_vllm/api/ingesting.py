@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -16,7 +16,7 @@ from deltamem_vllm.api import metrics
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatRequest
-from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
@@ -31,10 +31,10 @@ SOURCES: Final = ("messages", "text", "token_ids")
 class _Job:
     """An ingest that was asked for."""
 
+    scope: Scope
     key: SessionKey
     body: IngestRequest
     job_id: str
-    lora: Any
     raw: Request
     usage: Usage
 
@@ -42,6 +42,7 @@ class _Job:
     def hash(self) -> bytes:
         """Of what is to be written, and how."""
         asked = self.body.model_dump(include={*SOURCES, "segment_tokens"})
+        asked |= self.body.model_dump(include={"tools", "replace"}, exclude_defaults=True)
         return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
 
     @property
@@ -72,9 +73,12 @@ class Ingests:
     ) -> Response:
         if sum(getattr(body, name) is not None for name in SOURCES) != 1:
             raise MemoryRequestError(f"an ingest has one of {', '.join(SOURCES)}.")
-        key = usage.key = self._service.key(raw, model, session)
+        if body.tools is not None and body.messages is None:
+            raise MemoryRequestError("tools belong to messages. Leave them out.")
+        scope = await self._service.scope(raw, model)
+        key = usage.key = scope.key(session)
         job_id = body.job_id or uuid.uuid4().hex
-        job = _Job(key, body, job_id, self._service.lora(model), raw, usage)
+        job = _Job(scope, key, body, job_id, raw, usage)
         memory = Memory(session=session, on_busy=body.on_busy, max_wait=body.max_wait)
         turns = self._service.turns
         turn = usage.turn = await turns.open(key, memory, job.reply_name)
@@ -107,7 +111,8 @@ class Ingests:
                 f"session {job.key.name!r} is at version {version}, not {job.body.version}. "
                 "Nothing was written."
             )
-        content = None if turn.current is None else turn.current.content
+        base = None if job.body.replace else turn.current
+        content = None if base is None else base.content
         size = self._service.ingester.segment_tokens(content, job.body.segment_tokens)
         tokens, chain = await self._source(job, model)
         job.usage.ingested_tokens = len(tokens)
@@ -120,7 +125,11 @@ class Ingests:
                 content, position = found.content, found.position
         yield self._report(job, version, content, len(tokens), position)
         writing = self._service.ingester.write(
-            content, tokens[position:], segment_tokens=size, lora_request=job.lora
+            content,
+            tokens[position:],
+            segment_tokens=size,
+            salt=job.scope.salt,
+            lora_request=job.scope.lora,
         )
         start = position
         async for written, content in writing:
@@ -137,6 +146,7 @@ class Ingests:
         await turns.commit(
             turn,
             replace(content, message_chain=(*content.message_chain, *chain)),
+            parent_version=0 if job.body.replace else None,
             ttl=job.body.ttl,
             reply=Turn(job.reply_name, job.hash, report.model_dump_json().encode()),
             job_id=job.job_id,
@@ -155,7 +165,8 @@ class Ingests:
             return body.token_ids, ()
         assert body.messages is not None
         chain = self._service.conversations.chain_of(body.messages, job.key.tenant)
-        asked = {"messages": body.messages, **({} if model is None else {"model": model})}
+        asked = {"messages": body.messages, "tools": body.tools, "model": model}
+        asked = {name: value for name, value in asked.items() if value is not None}
         try:
             request = MemoryChatRequest.model_validate(asked)
         except ValidationError as error:

@@ -90,7 +90,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         tenants=TenantResolver(settings),
         shape=shape,
         fingerprints=fingerprints,
-        lora_requests=state.openai_serving_models.lora_requests,
+        models=state.openai_serving_models,
     )
 
 
