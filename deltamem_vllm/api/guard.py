@@ -7,9 +7,11 @@ started without session support would get an answer without memory and no word a
 `ValueError` becomes a 400.
 """
 
+import asyncio
 import functools
 import json
 from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.datastructures import Headers
@@ -28,6 +30,10 @@ MEMORY_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 """Routes that take a memory, on servers with sessions."""
 
 OUR_PREFIX: Final = "/v1/memory/"
+
+LINGER_S: Final = 5.0
+"""How long the rest of a refused body is taken and dropped. A connection that is closed beside a
+client that writes is reset, and the client does not see the answer."""
 
 
 def refuse_memory_field() -> None:
@@ -84,6 +90,8 @@ class Gatekeeper:
             if has_json:
                 _check(b"".join(message.get("body", b"") for message in messages), path)
         except DeltaMemError as error:
+            if isinstance(error, TooLargeError):
+                await _drop_rest(receive)
             await problem_response(error)(scope, receive, send)
             return
 
@@ -114,6 +122,13 @@ async def _read(scope: Scope, receive: Receive, limit: int | None) -> deque[Mess
         refuse(read)
         if not messages[-1].get("more_body"):
             return messages
+
+
+async def _drop_rest(receive: Receive) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
 
 
 def _limit(scope: Scope) -> int:

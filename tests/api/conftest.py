@@ -11,6 +11,7 @@ from tests.api.server import CASE, Server, linked_checkpoint
 from tests.oracle import Oracle
 
 VERSIONS_KEPT = 100
+MAX_BODY = 1 << 20
 
 
 @pytest.fixture(scope="session")
@@ -26,7 +27,10 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         checkpoint,
         folder,
         store=f"sqlite:///{folder}/sessions.db",
-        environment={"DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT)},
+        environment={
+            "DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT),
+            "DELTAMEM_MAX_INGEST_BYTES": str(MAX_BODY),
+        },
     ) as server:
         yield server
 
