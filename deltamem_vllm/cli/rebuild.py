@@ -80,12 +80,11 @@ def rebuild(
         task = progress.add_task("sessions", total=sessions, tokens=0, failed=0)
 
         def on_tokens(count: int) -> None:
-            tokens = progress.tasks[0].fields["tokens"]
-            progress.update(task, tokens=tokens + count)
+            progress.update(task, tokens=progress.tasks[0].fields["tokens"] + count)
 
         def on_outcome(outcome: Outcome) -> None:
             outcomes.append(outcome)
-            failed = sum(each.result == "failed" for each in outcomes)
+            failed = progress.tasks[0].fields["failed"] + (outcome.result == "failed")
             progress.update(task, advance=1, failed=failed)
 
         from deltamem_vllm.rebuild import Rebuild
