@@ -36,6 +36,10 @@ class MemoryRequestError(DeltaMemError, ValueError):
     """A request's `memory` argument is malformed or contradicts itself."""
 
 
+class ModelNotFoundError(MemoryRequestError):
+    """A request names a model that is not served."""
+
+
 class SessionError(DeltaMemError, ValueError):
     """Root of what can go wrong with a session or its store."""
 
@@ -91,6 +95,14 @@ class StoreUnavailableError(StoreError):
 
 class SettingsError(DeltaMemError, ValueError):
     """A setting of the server, or a file that one names, is not valid."""
+
+
+class TranscriptError(DeltaMemError, ValueError):
+    """A file of transcripts, or a line of one, is not valid."""
+
+
+class RebuildError(DeltaMemError):
+    """Sessions cannot be rebuilt on this server at all."""
 
 
 class UnauthorizedError(DeltaMemError):

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from deltamem_vllm.api.boundaries import Render, pending_after, turn_terminator
-from deltamem_vllm.api.folding import fold
-from deltamem_vllm.api.messages import Message, hash_chain, tenant_key
+from deltamem_vllm.api.folding import fold, ingested
+from deltamem_vllm.api.messages import Message, continued, hash_chain, tenant_key
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
 from deltamem_vllm.memory import Memory
@@ -42,7 +42,10 @@ class Plan:
     """Tokens at the prompt's start that are read and not written."""
 
     chain: tuple[bytes, ...] | None = None
-    """Hashes of all messages when the prompt is written; None if there is none to keep."""
+    """Hashes of all whole messages when the prompt is written; None if there is none to keep."""
+
+    partial: Message | None = None
+    """The prompt's last message, if the reply goes on with it: `chain` is without it."""
 
     tokens_saved: int = 0
     """Of the history that the client sent and the prompt does not show."""
@@ -91,9 +94,12 @@ class Conversations:
         if memory.window is not None:
             return await self._fold(request, body, memory, key, versions, writes=True)
         written = () if current is None else current.content.message_chain
-        return Plan(
-            request, current, chain=(*written, *self.chain_of(body["messages"], key.tenant))
-        )
+        whole, partial = list(body["messages"]), None
+        if request.continue_final_message and whole:
+            partial = whole.pop()
+            self.chain_of([partial], key.tenant)  # refuses what cannot be kept, before generating
+        chain = (*written, *self.chain_of(whole, key.tenant))
+        return Plan(request, current, chain=chain, partial=partial)
 
     async def plan_reading(
         self,
@@ -109,11 +115,24 @@ class Conversations:
         versions = () if record is None else (record,)
         return await self._fold(request, body, memory, key, versions, writes=False)
 
+    async def ingested(
+        self, request: MemoryChatRequest, messages: Sequence[Message], tenant: str
+    ) -> tuple[list[int], tuple[bytes, ...]]:
+        """What is written of messages that are not to be answered: tokens, and messages' hashes.
+
+        Raises:
+            MemoryRequestError: see `ingested` in `folding.py`.
+        """
+        chain = self.chain_of(messages, tenant)
+        bare = self._render(_without_tools(request)) if request.tools else None
+        tokens = await asyncio.to_thread(ingested, messages, self._render(request), bare)
+        return list(tokens), chain
+
     async def pending(
         self, request: GenerationRequest, output_ids: Sequence[int]
     ) -> tuple[int, ...]:
         """What the session's next turn must feed first."""
-        if not isinstance(request, MemoryChatRequest) or request.continue_final_message:
+        if not isinstance(request, MemoryChatRequest) or _continues_another(request):
             return tuple(output_ids[-1:])
         return pending_after(output_ids, await self._terminator(request))
 
@@ -126,11 +145,18 @@ class Conversations:
             plan: the turn's.
             key: the session.
             message: the reply as the client gets it. Servers may name its role as they like;
-                whoever sends it back must call it the assistant's.
+                whoever sends it back must call it the assistant's, or as the message that it goes
+                on with is called.
         """
         if plan.chain is None or message is None:
             return None
-        return (*plan.chain, *self.chain_of([{**message, "role": "assistant"}], key.tenant))
+        if plan.partial is None:
+            whole: Message = {**message, "role": "assistant"}
+        else:
+            # A reply that echoes the message it goes on with is the whole already.
+            echoes = isinstance(plan.request, MemoryChatRequest) and plan.request.echo
+            whole = continued(plan.partial, message, echoes=echoes)
+        return (*plan.chain, *self.chain_of([whole], key.tenant))
 
     def chain_of(self, messages: Sequence[Message], tenant: str) -> tuple[bytes, ...]:
         """Hashes of a tenant's messages."""
@@ -198,6 +224,11 @@ class Conversations:
 def _without_tools(request: MemoryChatRequest) -> MemoryChatRequest:
     bare: MemoryChatRequest = request.model_copy(update={"tools": None, "tool_choice": "none"})
     return bare
+
+
+def _continues_another(request: MemoryChatRequest) -> bool:
+    """Whether the reply goes on with a message that is no assistant's, and ends as that does."""
+    return bool(request.continue_final_message and request.messages[-1]["role"] != "assistant")
 
 
 def _showing(

@@ -16,14 +16,17 @@ from vllm.sampling_params import RequestOutputKind
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.states import FinalState, StateCollector
 from deltamem_vllm.engine.turn import BROKEN_OFF, REPLAYS, Start
-from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
+from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError
 
 
 class EngineTurn:
     """One turn in the engine, and what became of it."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, lora: Any = None) -> None:
         self.start = start
+        self.lora = lora
+        """The LoRA request that the session belongs to."""
+
         self.finished = False
         """Everything below is known, and the last output is on its way out."""
 
@@ -89,9 +92,14 @@ class EngineDoor:
         if turn is None:
             return self._generate(prompt, sampling_params, request_id, **kwargs)
         start = turn.start
+        if turn.lora is not kwargs.get("lora_request"):
+            raise ConflictError(
+                "the model's LoRA was loaded again, or unloaded, while the turn waited. Nothing "
+                "was written; send the request again."
+            )
         if start.args.ticket is None:
             params = start.params(sampling_params)
-            outputs = self._generate(prompt, params, request_id, **kwargs)
+            outputs = self._generate(start.salted(prompt), params, request_id, **kwargs)
             return _watched(outputs, turn, params.output_kind)
         if turn.is_bound:
             raise MemoryRequestError(

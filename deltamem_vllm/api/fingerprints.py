@@ -1,10 +1,20 @@
 """Fingerprints of what a server serves: the model, and the model with each LoRA."""
 
+import threading
+from pathlib import Path
 from typing import Any
 
 from deltamem_vllm.adapter import resolve_base_dir
 from deltamem_vllm.engine.settings import adapter_of
-from deltamem_vllm.state.fingerprint import FingerprintParts, fingerprint
+from deltamem_vllm.errors import ConflictError
+from deltamem_vllm.state.fingerprint import (
+    LORA_CONFIG,
+    LORA_WEIGHTS,
+    FingerprintParts,
+    fingerprint,
+)
+
+Stamp = tuple[tuple[str, int, int], ...]
 
 
 class Fingerprints:
@@ -32,13 +42,46 @@ class Fingerprints:
                 else resolve_base_dir(model.tokenizer, config_only=True)
             ),
         )
-        self._with_lora: dict[str, FingerprintParts] = {}
+        self._lock = threading.Lock()
+        self._read: dict[str, tuple[Stamp, FingerprintParts]] = {}
+        self._loaded: dict[str, tuple[Any, FingerprintParts]] = {}
 
     def of(self, lora_request: Any) -> FingerprintParts:
-        """The model's fingerprint with a LoRA; None is without. Reads its files the first time."""
+        """The model's fingerprint with a LoRA; None is without.
+
+        Blocks: a LoRA's files are looked at each time, and read again when they changed.
+
+        Raises:
+            ConflictError: they changed since the LoRA was loaded, so nobody can tell which of the
+                two is served.
+            BackboneError: there is no LoRA.
+        """
         if lora_request is None:
             return self._base
-        path = lora_request.lora_path
-        if path not in self._with_lora:
-            self._with_lora[path] = self._base.with_lora(path)
-        return self._with_lora[path]
+        name, path = lora_request.lora_name, lora_request.lora_path
+        with self._lock:
+            # Before reading: files that change meanwhile are read once more.
+            stamp = _stamp(path)
+            known, parts = self._read.get(path, (None, None))
+            if parts is None or known != stamp:
+                parts = self._base.with_lora(path)
+                self._read[path] = stamp, parts
+            loaded, was = self._loaded.get(name, (None, parts))
+            # vLLM makes a new request object with each load.
+            if loaded is lora_request and was != parts:
+                raise ConflictError(
+                    f"the files of LoRA {name!r} changed after it was loaded. Load it again, from "
+                    "a path of its own or with load_inplace. Nothing was written."
+                )
+            self._loaded[name] = lora_request, parts
+        return parts
+
+
+def _stamp(folder: str) -> Stamp:
+    """Changes when a LoRA's files do."""
+    return tuple(
+        (name, status.st_size, status.st_mtime_ns)
+        for name in (LORA_CONFIG, *LORA_WEIGHTS)
+        if (file := Path(folder, name)).exists()
+        for status in [file.stat()]
+    )

@@ -121,29 +121,39 @@ def fold(
     return Fold(
         base=next((one for one in versions if one.version == plan.base_version), None),
         shown=shown,
-        ingest=_ingested(render, bare, plan),
+        ingest=_ingested(plan.standing, plan.ingest, render, bare),
         reread=reread,
         chain=plan.chain_after_prompt,
         tokens_saved=_saved(render, plan, len(prompt)),
     )
 
 
-def _ingested(render: Render, bare: Render | None, plan: FoldPlan) -> tuple[int, ...]:
-    """The tokens of messages that are written without being shown.
+def ingested(messages: Sequence[Message], render: Render, bare: Render | None) -> tuple[int, ...]:
+    """The tokens of messages that are written without being answered, but for standing ones.
 
-    They are rendered behind the standing ones, which stay out, as in the prompt.
+    Args:
+        messages: in order.
+        render, bare: the model's chat template, see `split_boundary`.
+
+    Raises:
+        MemoryRequestError: there is nothing to write, or a message is malformed or not text.
     """
-    if not plan.ingest:
+    standing, chain = _parted(messages)
+    return _ingested(standing, [message for _, message in chain], render, bare)
+
+
+def _ingested(
+    standing: Sequence[Message],
+    messages: Sequence[Message],
+    render: Render,
+    bare: Render | None,
+) -> tuple[int, ...]:
+    """Messages rendered behind the standing ones, which stay out, as in a prompt."""
+    if not messages:
         return ()
-    tokens = render([*plan.standing, *plan.ingest], add_generation_prompt=False)
+    tokens = render([*standing, *messages], add_generation_prompt=False)
     start = split_boundary(
-        render,
-        plan.standing,
-        (),
-        plan.ingest,
-        add_generation_prompt=False,
-        prompt=tokens,
-        bare=bare,
+        render, standing, (), messages, add_generation_prompt=False, prompt=tokens, bare=bare
     )
     return tuple(tokens[start:])
 
@@ -221,8 +231,8 @@ def _parted(
             raise MemoryRequestError(f"messages[{index}]: {error}") from None
     if not chain:
         raise MemoryRequestError(
-            "messages holds none but system messages, so there is nothing to answer. With a "
-            "window, send the conversation's full history."
+            "messages holds none but system messages, which are not written. Send the "
+            "conversation's messages with them."
         )
     return tuple(standing), chain
 

@@ -20,12 +20,12 @@ from deltamem_vllm.api.conversation import Plan
 from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
-from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream, UsageStream
 from deltamem_vllm.api.turns import KeptReply, WritingTurn
 from deltamem_vllm.api.usage import Usage
 from deltamem_vllm.engine.compat import ErrorResponse, metrics_header, with_sse_keep_alive
-from deltamem_vllm.engine.turn import Start, begin
+from deltamem_vllm.engine.turn import begin
 from deltamem_vllm.errors import (
     BrokenOffError,
     ConflictError,
@@ -56,6 +56,7 @@ class _Asked:
     raw: Request
     body: dict[str, Any]
     memory: Memory
+    scope: Scope
     key: SessionKey
     run: Run
     usage: Usage
@@ -125,12 +126,15 @@ class Generation:
             with usage.until_answered():
                 _refuse(request)
                 if memory.mode == "off":
-                    start = begin("off", None, self._service.shape)
+                    scope = await self._service.scope(raw, request.model)
+                    start = begin("off", None, self._service.shape, salt=scope.salt)
                     report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
-                    return await self._generate_only(request, raw, run, start, report, usage)
+                    turn = EngineTurn(start, scope.lora)
+                    return await self._generate_only(request, raw, run, turn, report, usage)
                 assert memory.session is not None
-                key = usage.key = self._service.key(raw, request.model, memory.session)
-                asked = _Asked(request, raw, await raw.json(), memory, key, run, usage)
+                scope = await self._service.scope(raw, request.model)
+                key = usage.key = scope.key(memory.session)
+                asked = _Asked(request, raw, await raw.json(), memory, scope, key, run, usage)
                 return await (self._write(asked) if memory.writes else self._read(asked))
         except DeltaMemError as error:
             return problem_response(error)
@@ -152,9 +156,10 @@ class Generation:
             prompt_tokens_saved=plan.tokens_saved,
         )
         asked.usage.version, asked.usage.saved_tokens = report.version, plan.tokens_saved
-        start = begin("read_only", content, self._service.shape)
+        start = begin("read_only", content, self._service.shape, salt=asked.scope.salt)
+        turn = EngineTurn(start, asked.scope.lora)
         return await self._generate_only(
-            plan.request, asked.raw, asked.run, start, report, asked.usage
+            plan.request, asked.raw, asked.run, turn, report, asked.usage
         )
 
     async def _generate_only(
@@ -162,11 +167,11 @@ class Generation:
         request: GenerationRequest,
         raw: Request,
         run: Run,
-        start: Start,
+        engine_turn: EngineTurn,
         report: MemoryReport,
         usage: Usage,
     ) -> Response:
-        engine_turn = usage.engine_turn = EngineTurn(start)
+        usage.engine_turn = engine_turn
         with self._service.door.carrying(engine_turn):
             reply = await run(request)
         if isinstance(reply, ErrorResponse):
@@ -214,11 +219,14 @@ class Generation:
                 content,
                 list(plan.ingest),
                 segment_tokens=service.ingester.segment_tokens(content),
-                lora_request=service.lora(asked.request.model),
+                salt=asked.scope.salt,
+                lora_request=asked.scope.lora,
             )
             content = [content async for _, content in writing][-1]
-        start = begin("read_write", content, service.shape, reread=plan.reread)
-        engine_turn = usage.engine_turn = EngineTurn(start)
+        start = begin(
+            "read_write", content, service.shape, reread=plan.reread, salt=asked.scope.salt
+        )
+        engine_turn = usage.engine_turn = EngineTurn(start, asked.scope.lora)
         with service.door.carrying(engine_turn):
             reply = await asked.run(plan.request)
         if isinstance(reply, ErrorResponse):

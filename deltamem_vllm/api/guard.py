@@ -1,4 +1,5 @@
-"""Refuses HTTP requests that name a memory when nothing behind them can serve it.
+"""Refuses HTTP requests before their routes see them: those that name a memory when nothing behind
+them can serve it, and bodies that are too large for our routes.
 
 vLLM ignores body fields that it does not know, so a client that asks for a session from a server
 started without session support would get an answer without memory and no word about it. Wraps
@@ -6,18 +7,22 @@ started without session support would get an answer without memory and no word a
 `ValueError` becomes a 400.
 """
 
+import asyncio
 import functools
 import json
+from collections import deque
+from contextlib import suppress
 from typing import Any, Final
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltamem_vllm.api.problems import problem_response
+from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.engine.compat import GENERATION_REQUESTS
 from deltamem_vllm.engine.request_args import ARGS_KEY
 from deltamem_vllm.engine.settings import MemoryConfigHook
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
 
 MEMORY_FIELD: Final = "memory"
 
@@ -25,6 +30,10 @@ MEMORY_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 """Routes that take a memory, on servers with sessions."""
 
 OUR_PREFIX: Final = "/v1/memory/"
+
+LINGER_S: Final = 5.0
+"""How long the rest of a refused body is taken and dropped. A connection that is closed beside a
+client that writes is reset, and the client does not see the answer."""
 
 
 def refuse_memory_field() -> None:
@@ -56,39 +65,88 @@ def _guarded(to_params: Any) -> Any:
     return guarded
 
 
-class ForeignRoutes:
-    """ASGI middleware: refuses what routes that are not ours would pass over in silence.
+class Gatekeeper:
+    """ASGI middleware: reads bodies first, and refuses what routes would let pass.
 
-    They know no memory, and some hand a request's extra arguments to the engine unseen.
+    Routes that are not ours know no memory, and some hand a request's extra arguments to the engine
+    unseen. For ours, a body is read no further than the server takes one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not (_has_json(scope) and MemoryConfigHook.serving):
+        if not (scope["type"] == "http" and scope["method"] == "POST" and MemoryConfigHook.serving):
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        messages = [await receive()]
-        while messages[-1].get("more_body"):
-            messages.append(await receive())
-        problem = _problem_of(b"".join(message.get("body", b"") for message in messages), path)
-        if problem is not None:
-            await problem_response(MemoryRequestError(problem))(scope, receive, send)
+        limit = _limit(scope) if path.startswith(OUR_PREFIX) else None
+        has_json = "json" in Headers(scope=scope).get("content-type", "").lower()
+        if limit is None and not has_json:
+            await self._app(scope, receive, send)
             return
-        read = iter(messages)
+        try:
+            messages = await _read(scope, receive, limit)
+            if has_json:
+                _check(b"".join(message.get("body", b"") for message in messages), path)
+        except DeltaMemError as error:
+            if isinstance(error, TooLargeError):
+                await _drop_rest(receive)
+            await problem_response(error)(scope, receive, send)
+            return
 
         async def replay() -> Message:
-            return next(read, None) or await receive()
+            return messages.popleft() if messages else await receive()
 
         await self._app(scope, replay, send)
 
 
-def _has_json(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "POST":
-        return False
-    return "json" in Headers(scope=scope).get("content-type", "").lower()
+async def _read(scope: Scope, receive: Receive, limit: int | None) -> deque[Message]:
+    """A body as it comes in.
+
+    Raises:
+        TooLargeError: it is longer than `limit` bytes, or says that it will be.
+    """
+    read = 0
+
+    def refuse(size: int) -> None:
+        if limit is not None and size > limit:
+            raise TooLargeError(f"a body of {size:,} bytes or more; the server takes {limit:,}.")
+
+    length = Headers(scope=scope).get("content-length", "")
+    refuse(int(length) if length.isdecimal() else 0)
+    messages: deque[Message] = deque()
+    while True:
+        messages.append(await receive())
+        read += len(messages[-1].get("body", b""))
+        refuse(read)
+        if not messages[-1].get("more_body"):
+            return messages
+
+
+async def _drop_rest(receive: Receive) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body"):
+                pass
+
+
+def _limit(scope: Scope) -> int:
+    service = getattr(scope["app"].state, "deltamem", None)
+    if service is None:
+        return int(ServerSettings.model_fields["max_ingest_bytes"].default)
+    return int(service.settings.max_ingest_bytes)
+
+
+def _check(body: bytes, path: str) -> None:
+    """Refuse a memory where there is none, and our reserved key.
+
+    Raises:
+        MemoryRequestError: the body has one of them.
+    """
+    problem = _problem_of(body, path)
+    if problem is not None:
+        raise MemoryRequestError(problem)
 
 
 def _problem_of(body: bytes, path: str) -> str | None:

@@ -24,6 +24,7 @@ SEGMENT_TOKENS: Final = "segment_tokens"
 def asked_hash(body: IngestRequest) -> bytes:
     """Of what is to be written, and how; for ingests with a name."""
     asked = body.model_dump(include={*SOURCES, "segment_tokens"})
+    asked |= body.model_dump(include={"tools", "replace"}, exclude_defaults=True)
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
 
 
@@ -117,6 +118,7 @@ class Ingester:
         tokens: list[int],
         *,
         segment_tokens: int,
+        salt: str = "",
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
         """Write `tokens` after what a session holds.
@@ -125,6 +127,7 @@ class Ingester:
             content: the session; None for an empty memory.
             tokens: to be written, all of them.
             segment_tokens: see the method.
+            salt: see `begin`.
             engine_kwargs: further arguments of the engine client's `generate`.
 
         Yields:
@@ -134,7 +137,7 @@ class Ingester:
         pending = 0 if content is None else len(content.pending_token_ids)
         written = 0
         for segment in segments(tokens, size, pending):
-            start = begin("read_write", content, self._shape)
+            start = begin("read_write", content, self._shape, salt=salt)
             state = await self._door.feed(start, list(segment), **engine_kwargs)
             fed = len(start.pending) + len(segment)
             content = segment_written(start.content(state, fed, pending=()), segment_tokens)

@@ -5,7 +5,6 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -16,7 +15,7 @@ from deltamem_vllm.api.ingest import SOURCES, asked_hash, check_same, ingest_rep
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatRequest
-from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
@@ -29,10 +28,10 @@ from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
 class _Job:
     """An ingest that was asked for."""
 
+    scope: Scope
     key: SessionKey
     body: IngestRequest
     job_id: str
-    lora: Any
     raw: Request
     usage: Usage
 
@@ -87,9 +86,12 @@ class Ingests:
     ) -> Response:
         if sum(getattr(body, name) is not None for name in SOURCES) != 1:
             raise MemoryRequestError(f"an ingest has one of {', '.join(SOURCES)}.")
-        key = usage.key = self._service.key(raw, model, session)
+        if body.tools is not None and body.messages is None:
+            raise MemoryRequestError("tools belong to messages. Leave them out.")
+        scope = await self._service.scope(raw, model)
+        key = usage.key = scope.key(session)
         job_id = body.job_id or uuid.uuid4().hex
-        job = _Job(key, body, job_id, self._service.lora(model), raw, usage)
+        job = _Job(scope, key, body, job_id, raw, usage)
         memory = Memory(session=session, on_busy=body.on_busy, max_wait=body.max_wait)
         turns = self._service.turns
         turn = usage.turn = await turns.open(key, memory, job.reply_name)
@@ -122,7 +124,8 @@ class Ingests:
                 f"session {job.key.name!r} is at version {version}, not {job.body.version}. "
                 "Nothing was written."
             )
-        content = None if turn.current is None else turn.current.content
+        base = None if job.body.replace else turn.current
+        content = None if base is None else base.content
         size = self._service.ingester.segment_tokens(content, job.body.segment_tokens)
         tokens, chain = await self._source(job, model)
         if not tokens:
@@ -137,7 +140,11 @@ class Ingests:
                 content, position = found.content, found.position
         yield job.report(content, version=version, tokens=len(tokens), position=position)
         writing = self._service.ingester.write(
-            content, tokens[position:], segment_tokens=size, lora_request=job.lora
+            content,
+            tokens[position:],
+            segment_tokens=size,
+            salt=job.scope.salt,
+            lora_request=job.scope.lora,
         )
         start = position
         async for written, content in writing:
@@ -156,6 +163,7 @@ class Ingests:
         await turns.commit(
             turn,
             replace(content, message_chain=(*content.message_chain, *chain)),
+            parent_version=0 if job.body.replace else None,
             ttl=job.body.ttl,
             reply=Turn(job.reply_name, job.hash, report.model_dump_json().encode()),
             job_id=job.job_id,
@@ -173,16 +181,13 @@ class Ingests:
                 raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
             return body.token_ids, ()
         assert body.messages is not None
-        chain = self._service.conversations.chain_of(body.messages, job.key.tenant)
-        asked = {"messages": body.messages, **({} if model is None else {"model": model})}
+        asked = {"messages": body.messages, "tools": body.tools, "model": model}
+        asked = {name: value for name, value in asked.items() if value is not None}
         try:
             request = MemoryChatRequest.model_validate(asked)
         except ValidationError as error:
             raise MemoryRequestError(f"messages are not valid: {error}") from None
-        tokens = await self._service.renderer.tokens(
-            request, body.messages, add_generation_prompt=False
-        )
-        return tokens, chain
+        return await self._service.conversations.ingested(request, body.messages, job.key.tenant)
 
 
 async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:

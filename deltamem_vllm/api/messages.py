@@ -127,6 +127,25 @@ def texts_of(message: Message) -> tuple[str, ...]:
     return () if texts == ("",) else texts
 
 
+def continued(partial: Message, reply: Message, *, echoes: bool) -> Message:
+    """The message that a partial one and its continuation are together.
+
+    Args:
+        partial: as a request ends with it.
+        reply: what the model went on with.
+        echoes: the reply repeats the text of `partial` first.
+    """
+    texts = [*texts_of(reply)] if echoes else [*texts_of(partial)]
+    if not echoes:
+        # A template goes on with the last part.
+        texts[-1:] = ["".join((*texts[-1:], *texts_of(reply)))]
+    whole: dict[str, Any] = {**partial, "content": [{"type": "text", "text": t} for t in texts]}
+    calls = [*(partial.get("tool_calls") or ()), *(reply.get("tool_calls") or ())]
+    if calls:
+        whole["tool_calls"] = calls
+    return whole
+
+
 def _text_of(part: Any) -> str | None:
     if isinstance(part, str):
         return part

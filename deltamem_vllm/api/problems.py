@@ -10,6 +10,7 @@ from deltamem_vllm.errors import (
     ConflictError,
     DeltaMemError,
     MemoryRequestError,
+    ModelNotFoundError,
     QueueFullError,
     QuotaError,
     SessionBusyError,
@@ -27,6 +28,7 @@ from deltamem_vllm.errors import (
 
 STATUS: Final[tuple[tuple[type[DeltaMemError], int], ...]] = (
     (UnauthorizedError, 401),
+    (ModelNotFoundError, 404),
     (MemoryRequestError, 400),
     (SessionNotFoundError, 404),
     (SessionExistsError, 409),

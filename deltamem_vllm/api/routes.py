@@ -28,7 +28,7 @@ from deltamem_vllm.api.schemas import (
 )
 from deltamem_vllm.api.service import MemoryService
 from deltamem_vllm.engine.compat import load_aware_call, validate_json_request, with_cancellation
-from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
+from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
 from deltamem_vllm.portable import check_vocabulary, export_record, import_content
 
 SNAPSHOT_TYPE = "application/vnd.safetensors"
@@ -137,11 +137,11 @@ async def list_sessions(
 ) -> SessionList:
     """The tenant's sessions with this model, by name, a page at a time."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, "-")
+    scope = await service.scope(raw_request, model)
     page = await service.turns.call(
         service.turns.store.list_sessions,
-        key.tenant,
-        fingerprint=key.fingerprint,
+        scope.tenant,
+        fingerprint=scope.parts.digest,
         prefix=prefix,
         after=after,
         limit=limit,
@@ -171,7 +171,7 @@ async def fork_session(
 ) -> SessionDetail:
     """Make another session of one version of this one."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
+    key = (await service.scope(raw_request, model)).key(session)
     record = await service.turns.call(service.turns.store.fork, key, body.to, body.version)
     return SessionDetail.of((record,))
 
@@ -182,7 +182,7 @@ async def roll_back_session(
 ) -> SessionDetail:
     """Make an older version the current one, as a new version."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
+    key = (await service.scope(raw_request, model)).key(session)
     await service.turns.call(service.turns.store.rollback, key, body.version)
     return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
 
@@ -197,8 +197,6 @@ async def ingest(
 ) -> Response:
     """Write text of any length without generating."""
     service = service_of(raw_request)
-    length = int(raw_request.headers.get("content-length") or 0)
-    _check_size(length, service)
     return await Ingests(service).answer(session, body, raw_request, model)
 
 
@@ -215,10 +213,10 @@ async def export_session(
 ) -> Response:
     """A session as a file, for another server with the same model."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
+    scope = await service.scope(raw_request, model)
+    key = scope.key(session)
     record = await service.turns.call(service.turns.store.get, key, version)
-    parts = service.fingerprints.of(service.lora(model))
-    data = await service.turns.call(export_record, record, parts, service.shape)
+    data = await service.turns.call(export_record, record, scope.parts, service.shape)
     return Response(data, media_type=SNAPSHOT_TYPE)
 
 
@@ -239,13 +237,10 @@ async def import_session(
 ) -> SessionDetail:
     """Make a session of a file that `export` gave."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
-    data = bytearray()
-    async for chunk in raw_request.stream():
-        data += chunk
-        _check_size(len(data), service)
-    parts = service.fingerprints.of(service.lora(model))
-    content = await service.turns.call(import_content, bytes(data), parts, service.shape)
+    scope = await service.scope(raw_request, model)
+    key = scope.key(session)
+    data = await raw_request.body()
+    content = await service.turns.call(import_content, data, scope.parts, service.shape)
     vocabulary = raw_request.app.state.vllm_config.model_config.get_vocab_size()
     check_vocabulary(content.pending_token_ids, vocabulary)
     record = await service.turns.call(service.turns.store.create, key, content, ttl=ttl)
@@ -259,7 +254,7 @@ async def import_session(
 async def get_session(session: str, raw_request: Request, model: Model = None) -> SessionDetail:
     """A session and its kept versions."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
+    key = (await service.scope(raw_request, model)).key(session)
     await service.turns.call(service.turns.store.get, key)  # says what is missing
     return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
 
@@ -268,12 +263,6 @@ async def get_session(session: str, raw_request: Request, model: Model = None) -
 async def delete_session(session: str, raw_request: Request, model: Model = None) -> Deleted:
     """Delete a session for good, a running turn or not."""
     service = service_of(raw_request)
-    key = service.key(raw_request, model, session)
+    key = (await service.scope(raw_request, model)).key(session)
     deleted = await service.turns.call(service.turns.store.delete, key)
     return Deleted(session=session, deleted=deleted)
-
-
-def _check_size(size: int, service: MemoryService) -> None:
-    limit = service.settings.max_ingest_bytes
-    if size > limit:
-        raise TooLargeError(f"a body of {size:,} bytes; the server takes {limit:,}.")

@@ -188,6 +188,9 @@ class IngestRequest(_Body):
     """Text to write without generating anything. Give one of the three."""
 
     messages: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    tools: list[dict[str, Any]] | None = Field(default=None, min_length=1)
+    """Definitions that `messages` were held with. As system messages, they are not written."""
+
     text: str | None = Field(default=None, min_length=1)
     token_ids: list[int] | None = Field(default=None, min_length=1)
     job_id: str | None = Field(default=None, min_length=1, max_length=200)
@@ -200,6 +203,10 @@ class IngestRequest(_Body):
 
     version: int | None = Field(default=None, ge=0)
     """Fail unless this is the session's version."""
+
+    replace: bool = False
+    """Write into an empty memory. The version made is the session's next; those before stay, and a
+    rollback brings them back."""
 
     ttl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     on_busy: Literal["wait", "conflict"] = "wait"

@@ -1,6 +1,6 @@
 """What an API server with sessions is made of."""
 
-from collections.abc import Mapping
+import asyncio
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,30 @@ from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.api.tenants import TenantResolver
 from deltamem_vllm.api.turns import SessionTurns
+from deltamem_vllm.engine.compat import lora_behind
 from deltamem_vllm.sessions import SessionKey
+from deltamem_vllm.state.fingerprint import FingerprintParts
 from deltamem_vllm.state.snapshot import StateShape
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Whose sessions a request means, and of which model."""
+
+    tenant: str
+    lora: Any
+    """vLLM's LoRA request; None for the base model."""
+
+    parts: FingerprintParts
+
+    def key(self, session: str) -> SessionKey:
+        """The session of this name."""
+        return SessionKey(self.tenant, self.parts.digest, session)
+
+    @property
+    def salt(self) -> str:
+        """Keeps a LoRA's KV cache apart from that of other weights under its name and path."""
+        return "" if self.lora is None else self.parts.lora
 
 
 @dataclass(frozen=True)
@@ -36,19 +58,22 @@ class MemoryService:
     corrections: CorrectionWatch | None
     """None where the workers must not be asked."""
 
-    lora_requests: Mapping[str, Any]
-    """Served LoRA adapters by model name; changes while the server runs."""
-
-    def lora(self, model: str | None) -> Any:
-        """The LoRA request behind a model's name; None for the base model."""
-        return None if model is None else self.lora_requests.get(model)
+    models: Any
+    """vLLM's registry of served models; LoRA adapters come and go while the server runs."""
 
     def tenant(self, raw_request: Request) -> str:
         """Whose sessions a request may see."""
         return self.tenants.tenant(raw_request.headers)
 
-    def key(self, raw_request: Request, model: str | None, session: str) -> SessionKey:
-        """The session that a request names."""
-        return SessionKey(
-            self.tenant(raw_request), self.fingerprints.of(self.lora(model)).digest, session
-        )
+    async def scope(self, raw_request: Request, model: str | None) -> Scope:
+        """What a request that names `model` is about. A LoRA that vLLM has yet to find is loaded.
+
+        Raises:
+            UnauthorizedError: the request shows no tenant.
+            ModelNotFoundError: no such model is served.
+            ConflictError: see `Fingerprints.of`.
+        """
+        tenant = self.tenant(raw_request)
+        lora = await lora_behind(self.models, model)
+        parts = await asyncio.to_thread(self.fingerprints.of, lora)
+        return Scope(tenant, lora, parts)

@@ -101,7 +101,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         shape=shape,
         fingerprints=fingerprints,
         corrections=corrections,
-        lora_requests=state.openai_serving_models.lora_requests,
+        models=state.openai_serving_models,
     )
 
 

@@ -11,6 +11,7 @@ import sys
 from typing import Any
 
 import vllm
+from vllm import envs
 from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 from vllm.config.kv_transfer import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group
@@ -58,7 +59,7 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from deltamem_vllm.errors import EngineConfigError
+from deltamem_vllm.errors import EngineConfigError, ModelNotFoundError
 
 try:
     from vllm.triton_utils import dispatcher
@@ -157,6 +158,33 @@ async def call_all_workers(engine_client: Any, method: str, *args: Any) -> list[
     return [answer for answers in per_engine for answer in answers]
 
 
+async def lora_behind(models: Any, name: str | None) -> Any:
+    """The LoRA request that vLLM will use for a model's name; None for the base model.
+
+    A resolver's LoRA is loaded by this, as vLLM's own check of the name would do a moment later.
+
+    Args:
+        models: vLLM's `OpenAIServingModels`.
+        name: of a request's `model`.
+
+    Raises:
+        ModelNotFoundError: nobody knows the name, or its LoRA cannot be loaded.
+    """
+    if not name:
+        return None
+    if name in models.lora_requests:
+        return models.lora_requests[name]
+    if envs.VLLM_SKIP_MODEL_NAME_VALIDATION or models.is_base_model(name):
+        return None
+    problem = f"The model `{name}` does not exist."
+    if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+        found = await models.resolve_lora(name)
+        if not isinstance(found, ErrorResponse):
+            return found
+        problem = found.error.message
+    raise ModelNotFoundError(problem)
+
+
 def kv_connector_of(vllm_config: VllmConfig) -> str | None:
     """Name of the configured KV connector, None without one."""
     config = vllm_config.kv_transfer_config
@@ -209,6 +237,7 @@ __all__ = [
     "kv_connector_of",
     "let_kernel_scan_pass_llvmlite",
     "load_aware_call",
+    "lora_behind",
     "metrics_header",
     "validate_json_request",
     "with_cancellation",

@@ -38,6 +38,9 @@ class Start:
     reread: int = 0
     """Tokens of the caller's prompt, from its start, that are read and not written."""
 
+    salt: str = ""
+    """Keeps the prompt's KV cache apart from that of other weights under the same name."""
+
     @property
     def ticket(self) -> str:
         """Key of the final state of a turn that writes."""
@@ -55,7 +58,14 @@ class Start:
                 "a prompt that writes a session must consist of text or token ids, not of "
                 "embeddings or media."
             )
-        return {**prompt, "prompt_token_ids": [*self.pending, *prompt["prompt_token_ids"]]}
+        tokens = [*self.pending, *prompt["prompt_token_ids"]]
+        return {**self.salted(prompt), "prompt_token_ids": tokens}
+
+    def salted(self, prompt: Any) -> Any:
+        """An engine's rendered prompt with the salt, if there is one."""
+        if not self.salt:
+            return prompt
+        return {**prompt, "cache_salt": f"{self.salt}{prompt.get('cache_salt') or ''}"}
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """A copy of the sampling parameters that carries the memory."""
@@ -107,6 +117,7 @@ def begin(
     shape: StateShape,
     *,
     reread: int = 0,
+    salt: str = "",
 ) -> Start:
     """Begin a turn on what a session holds.
 
@@ -115,6 +126,7 @@ def begin(
         before: the session's content; None for an empty memory.
         shape: the adapter's states, which the content must fit.
         reread: tokens at the prompt's start that are not written.
+        salt: requests share prefix-cache blocks only under the same one.
 
     Raises:
         SnapshotError: the content is not this adapter's.
@@ -132,7 +144,7 @@ def begin(
             write_from, write_until = len(pending) + reread, len(pending)
     state = None if before is None else before.state
     args = MemoryArgs(state, read_from, write_from, write_until, ticket)
-    return Start(before, args, pending, reread if mode == "read_write" else 0)
+    return Start(before, args, pending, reread if mode == "read_write" else 0, salt)
 
 
 def segments(tokens: Sequence[int], size: int, num_pending: int = 0) -> Iterator[Sequence[int]]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from deltamem_vllm.api.folding import ingested
 from deltamem_vllm.api.ingest import (
     asked_hash,
     check_same,
@@ -68,7 +69,7 @@ def write_all(
             return
         feeds = []
         for one, segment in step:
-            start = begin("read_write", one.content, service.shape)
+            start = begin("read_write", one.content, service.shape, salt=service.salt(one.lora))
             prompt = {"type": "token", "prompt_token_ids": list(segment)}
             feeds.append(Feed(start, start.prompt(prompt), one.lora))
         for (one, segment), feed, state in zip(
@@ -164,13 +165,14 @@ class Ingests:
 
     def _prepare(self, job: Job) -> None:
         body, llm = job.body, self._service.llm
-        current = self._sessions.current(job.key)
+        current = None if body.replace else self._sessions.current(job.key)
         content = None if current is None else current.content
         size = segment_size(content, body.segment_tokens, self._service.settings.segment_tokens)
         if body.messages is not None:
             job.chain = hash_chain(body.messages, self._service.chain_key)
-            render = chat_render(llm, self._arguments)
-            tokens = list(render(body.messages, add_generation_prompt=False))
+            render = chat_render(llm, {**self._arguments, "tools": body.tools})
+            bare = chat_render(llm, self._arguments) if body.tools else None
+            tokens = list(ingested(body.messages, render, bare))
         elif body.text is not None:
             tokens = text_tokens(llm, body.text)
         else:
@@ -241,7 +243,7 @@ class Ingests:
         self._sessions.write(
             job.key,
             replace(content, message_chain=(*content.message_chain, *job.chain)),
-            parent_version=version,
+            parent_version=0 if job.body.replace else version,
             ttl=job.body.ttl,
             turn=turn,
             job_id=job.body.job_id,

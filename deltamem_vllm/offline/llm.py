@@ -163,6 +163,8 @@ class MemoryLLM(LLM):
         *,
         job_id: str | Sequence[str] | None = None,
         segment_tokens: int | None = None,
+        tools: list[dict[str, Any]] | None = None,
+        replace: bool = False,
         ttl: float | None = None,
         lora_request: Any = None,
         use_tqdm: bool = True,
@@ -176,6 +178,9 @@ class MemoryLLM(LLM):
             job_id: names an ingest, one for each session: repeated under the same name it goes on
                 where it stopped, or says what it did.
             segment_tokens: tokens per request; fixed by a session's first ingest.
+            tools: definitions that the messages were held with; as system messages, they are
+                rendered and not written.
+            replace: write into an empty memory; the sessions' versions before are kept.
             ttl: see `Memory.ttl`.
             lora_request: of the model that reads the text.
             use_tqdm: whether progress is shown.
@@ -201,6 +206,8 @@ class MemoryLLM(LLM):
                 lora_request,
                 job_id=job,
                 segment_tokens=segment_tokens,
+                tools=tools,
+                replace=replace,
                 ttl=ttl,
             )
             for name, one, job in zip(names, contents, job_ids, strict=True)

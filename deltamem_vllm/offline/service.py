@@ -83,6 +83,10 @@ class OfflineService:
         """The session of a name, of the model with a LoRA; None is without."""
         return SessionKey(self.tenant, self.fingerprints.of(lora_request).digest, session)
 
+    def salt(self, lora_request: Any) -> str:
+        """Keeps a LoRA's KV cache apart from that of other weights under its name and path."""
+        return "" if lora_request is None else self.fingerprints.of(lora_request).lora
+
     @contextmanager
     def call(self) -> Iterator[CallSessions]:
         """The sessions of one call; what it leased is given back at its end.

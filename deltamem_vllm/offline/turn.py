@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 from vllm import RequestOutput, SamplingParams
 
+from deltamem_vllm.api.messages import Message
 from deltamem_vllm.engine.request_args import ARGS_KEY
 from deltamem_vllm.engine.turn import Start
 from deltamem_vllm.errors import MemoryRequestError
@@ -52,7 +53,10 @@ class Turn:
     """Tokens at the prompt's start that are read and not written."""
 
     chain: tuple[bytes, ...] | None = None
-    """Hashes of all messages when the prompt is written; None if there is none to keep."""
+    """Hashes of all whole messages when the prompt is written; None if there is none to keep."""
+
+    partial: Message | None = None
+    """The prompt's last message, if the reply goes on with it: `chain` is without it."""
 
     tokens_saved: int = 0
     """Of the history that the prompt does not show."""
@@ -78,8 +82,7 @@ class Turn:
         """
         if self.start is None:
             return prompt, params
-        if self.writes:
-            prompt = self.start.prompt(prompt)
+        prompt = self.start.prompt(prompt) if self.writes else self.start.salted(prompt)
         self.entered = prompt
         return prompt, self.start.params(params)
 

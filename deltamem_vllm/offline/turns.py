@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from deltamem_vllm.api.boundaries import pending_after
 from deltamem_vllm.api.folding import fold
 from deltamem_vllm.api.ingest import segment_size
-from deltamem_vllm.api.messages import hash_chain
+from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_message
 from deltamem_vllm.api.replies import given_name
 from deltamem_vllm.api.schemas import MemoryReport
 from deltamem_vllm.engine.turn import BROKEN_OFF, begin
@@ -87,7 +87,7 @@ class Turns:
     def _open(self, turns: Sequence[Turn]) -> None:
         """Take leases, load what turns read, and answer those that were run before."""
         writes: list[tuple[SessionKey, Memory]] = []
-        reads: list[tuple[SessionKey, int | None]] = []
+        reads: list[tuple[SessionKey, Memory]] = []
         for turn in turns:
             memory = turn.memory
             if memory is None or memory.session is None:
@@ -95,23 +95,41 @@ class Turns:
             turn.key = self._service.key(memory.session, turn.lora)
             if turn.writes:
                 writes.append((turn.key, memory))
-            elif memory.version != 0:
-                reads.append((turn.key, memory.version))
+            else:
+                reads.append((turn.key, memory))
         if writes and self._arguments.get("chat_template") is not None:
             raise MemoryRequestError(
                 "chat_template with read_write memory: sessions belong to the model's template. "
                 "Give it to MemoryLLM."
             )
+        if any(memory.window is not None for _, memory in (*writes, *reads)):
+            self._check_folding()
         named = _by_reply_name(turns)
         self._sessions.open(writes, self._service.settings.max_wait_seconds)
         written = {key for key, _ in writes}
-        self._sessions.load(read for read in reads if read[0] not in written)
+        self._sessions.load(
+            (key, memory.version)
+            for key, memory in reads
+            if key not in written and memory.version != 0
+        )
         replies = self._sessions.find_replies(list(named))
         for turn, reply in zip(named.values(), replies, strict=True):
             turn.request_hash = turn.hash([self._is_chat, self._asked])
             if reply is not None:
                 request_id = str(next(self._service.llm.request_counter))
                 turn.output = replay(reply, turn.request_hash, request_id)
+
+    def _check_folding(self) -> None:
+        arguments = self._arguments
+        if not arguments.get("add_generation_prompt", True) or arguments.get(
+            "continue_final_message"
+        ):
+            raise MemoryRequestError(
+                "memory.window needs a request for a new answer: leave add_generation_prompt and "
+                "continue_final_message at their defaults."
+            )
+        if (arguments.get("tokenization_kwargs") or {}).get("truncate_prompt_tokens"):
+            raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -125,7 +143,11 @@ class Turns:
         for turn in turns:
             if turn.memory is not None:
                 turn.start = begin(
-                    turn.memory.mode, turn.content, self._service.shape, reread=turn.reread
+                    turn.memory.mode,
+                    turn.content,
+                    self._service.shape,
+                    reread=turn.reread,
+                    salt=self._service.salt(turn.lora),
                 )
         for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):
             turn.output = output
@@ -158,7 +180,11 @@ class Turns:
             turn.chain, turn.tokens_saved = folded.chain, folded.tokens_saved
         elif turn.writes and self._is_chat:
             written = () if turn.base is None else turn.base.content.message_chain
-            turn.chain = (*written, *hash_chain(turn.prompt, self._service.chain_key))
+            whole = list(turn.prompt)
+            if self._arguments.get("continue_final_message") and whole:
+                turn.partial = whole.pop()
+                hash_message(turn.partial, self._service.chain_key)  # refuses what cannot be kept
+            turn.chain = (*written, *hash_chain(whole, self._service.chain_key))
         turn.content = None if turn.base is None else turn.base.content
 
     def _versions(self, memory: Memory, key: SessionKey) -> tuple[SessionRecord, ...]:
@@ -225,10 +251,12 @@ class Turns:
         (completion,) = turn.output.outputs
         chain = None
         if turn.chain is not None:
-            message = {"role": "assistant", "content": completion.text}
+            message: Message = {"role": "assistant", "content": completion.text}
+            if turn.partial is not None:
+                message = continued(turn.partial, message, echoes=False)
             chain = (*turn.chain, *hash_chain([message], self._service.chain_key))
         content = turn.start.content(
-            state, feed.num_tokens, self._pending(completion.token_ids), chain
+            state, feed.num_tokens, self._pending(turn, completion.token_ids), chain
         )
         parent_version = 0 if turn.base is None else turn.base.version
         report = MemoryReport(
@@ -251,9 +279,10 @@ class Turns:
             turn.key, content, parent_version=parent_version, ttl=turn.memory.ttl, turn=reply
         )
 
-    def _pending(self, output_ids: Sequence[int]) -> tuple[int, ...]:
+    def _pending(self, turn: Turn, output_ids: Sequence[int]) -> tuple[int, ...]:
         """What the session's next turn must feed first."""
-        if self._render is None or self._arguments.get("continue_final_message"):
+        is_reply = turn.partial is None or turn.partial["role"] == "assistant"
+        if self._render is None or not is_reply:
             return tuple(output_ids[-1:])
         assert self._render_bare is not None
         name = repr(self._arguments.get(TEMPLATE_ARGUMENTS))

@@ -12,6 +12,7 @@ from tests.api.tool_chats import FLAGS, checkpoint_of_bytes
 from tests.oracle import Oracle
 
 VERSIONS_KEPT = 100
+MAX_BODY = 1 << 20
 
 
 @pytest.fixture(scope="session")
@@ -27,7 +28,10 @@ def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         checkpoint,
         folder,
         store=f"sqlite:///{folder}/sessions.db",
-        environment={"DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT)},
+        environment={
+            "DELTAMEM_VERSIONS_KEPT": str(VERSIONS_KEPT),
+            "DELTAMEM_MAX_INGEST_BYTES": str(MAX_BODY),
+        },
     ) as server:
         yield server
 

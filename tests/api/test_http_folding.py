@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
 from deltamem_vllm.sessions import SessionStore
-from tests.api.server import MODEL
-from tests.api.sessions_http import record_of, state_of
+from tests.api.server import MODEL, Server
+from tests.api.sessions_http import new_name, record_of, state_of
 from tests.helpers import VOCAB, assert_states_close, random_tokens, word
 from tests.oracle import Oracle
 
@@ -124,6 +125,32 @@ def test_definitions_of_tools_are_never_written(
         record = record_of(store, name)
         assert_states_close(state_of(record), oracle(fed, state=state, written=written).state)
         assert record.content.tokens_written == len(fed) - 2 + length_of(history[first:2])
+
+
+def test_an_ingest_writes_what_a_late_history_would(
+    server: Server, store: SessionStore, oracle: Oracle
+) -> None:
+    system = {"role": "system", "content": said(55, 4)}
+    history = [
+        {"role": role, "content": said(77 + number, 6)}
+        for number, role in enumerate(["user", "assistant"])
+    ]
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {}}}]
+    for body in (
+        {"messages": [system, *history]},
+        {"messages": history, "tools": tools},
+        {"messages": [system, *history], "tools": tools},
+    ):
+        name = new_name("ingested")
+        url = f"{server.url}/v1/memory/sessions/{name}/ingest"
+        answer = httpx.post(url, json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        record = record_of(store, name)
+        assert record.content.tokens_written == length_of(history)
+        assert len(record.content.message_chain) == 2
+        assert_states_close(state_of(record), oracle(tokens_of(history)).state)
+    answer = httpx.post(url, json={"messages": [system]}, timeout=60)
+    assert answer.status_code == 400 and "system messages" in answer.text
 
 
 def tokens_of(messages: Sequence[Any]) -> list[int]:

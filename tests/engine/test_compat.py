@@ -9,6 +9,8 @@ from typing import Any, get_type_hints
 import pytest
 import torch
 from vllm import LLM, SamplingParams
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.forward_context import ForwardContext
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.renderers.base import BaseRenderer
@@ -407,3 +409,17 @@ def test_chats_and_texts_can_be_rendered_of_any_length() -> None:
     assert {"logprob", "rank", "decoded_token"} <= fields(compat.Logprob)
     assert "self.renderer = " in inspect.getsource(LLM.__init__)
     assert "self.chat_template = " in inspect.getsource(LLM.__init__)
+
+
+def test_vllm_looks_for_a_lora_as_we_do_before_it() -> None:
+    """Its own check of a request's model finds the one that `lora_behind` did."""
+    assert inspect.iscoroutinefunction(OpenAIServingModels.resolve_lora)
+    assert list(inspect.signature(OpenAIServingModels.resolve_lora).parameters) == [
+        "self",
+        "lora_name",
+    ]
+    check = inspect.getsource(BaseServing._check_model)
+    for name in ("lora_requests", "VLLM_ALLOW_RUNTIME_LORA_UPDATING", "resolve_lora"):
+        assert name in check
+    assert "is_base_model" in inspect.getsource(BaseServing._is_model_supported)
+    assert "VLLM_SKIP_MODEL_NAME_VALIDATION" in inspect.getsource(BaseServing._is_model_supported)

@@ -163,6 +163,41 @@ def test_definitions_of_tools_are_never_written(llm: MemoryLLM, oracle: Oracle) 
     assert_states_close(llm.sessions["a"].state, expected.state)
 
 
+def test_a_message_that_is_continued_is_one_message(llm: MemoryLLM) -> None:
+    question = said(120, 5)
+    partial = {"role": "assistant", "content": "w40 w41"}
+    (one,) = llm.chat(
+        [question, partial],
+        greedy(4, detokenize=True),
+        Memory(session="a"),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        use_tqdm=False,
+    )
+    whole = {"role": "assistant", "content": f"w40 w41{one.outputs[0].text}"}
+    (two,) = chat(llm, [question, whole, said(121, 5)], Memory(session="a", window={"messages": 1}))
+    assert (two.memory.version, two.memory.parent_version) == (2, 1)
+    assert len(contents(llm)["a"].content.message_chain) == 4
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+        {"tokenization_kwargs": {"truncate_prompt_tokens": 5}},
+    ],
+)
+@pytest.mark.parametrize("mode", ["read_write", "read_only"])
+def test_a_window_needs_a_request_for_an_answer(
+    llm: MemoryLLM, arguments: dict[str, Any], mode: Any
+) -> None:
+    memory = Memory(session="a", mode=mode, window={"messages": 1})
+    with pytest.raises(MemoryRequestError, match="window"):
+        llm.chat([said(1, 5)], greedy(), memory, use_tqdm=False, **arguments)
+    assert len(llm.sessions) == 0
+
+
 def test_an_image_is_refused(llm: MemoryLLM) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     with pytest.raises(MemoryRequestError, match="image_url"):

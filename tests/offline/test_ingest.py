@@ -140,6 +140,25 @@ def test_an_ingest_that_cannot_be_served_is_refused(
     assert len(llm.sessions) == 0
 
 
+def test_system_messages_and_tools_are_not_written(llm: MemoryLLM) -> None:
+    system = {"role": "system", "content": "w30 w31"}
+    messages = [{"role": "user", "content": "w20 w21 w22"}]
+    tools = [{"type": "function", "function": {"name": "w7", "parameters": {}}}]
+    ingest(llm, ["a", "b"], [[system, *messages], messages], tools=tools)
+    ingest(llm, "expected", messages)
+    for name in "ab":
+        assert_same_session(llm.sessions[name], llm.sessions["expected"])
+
+
+def test_a_text_can_take_the_place_of_all_that_was_written(llm: MemoryLLM) -> None:
+    ingest(llm, "a", [5, 6, 7])
+    ingest(llm, "expected", [8, 9])
+    report = ingest(llm, "a", [8, 9], replace=True)
+    assert (report.version, report.tokens_written) == (2, 2)
+    assert contents(llm)["a"].parent_version == 0
+    assert_states_close(llm.sessions["a"].state, llm.sessions["expected"].state)
+
+
 def test_a_session_keeps_the_segments_it_began_with(llm: MemoryLLM) -> None:
     ingest(llm, "a", random_tokens(1, 50), segment_tokens=20)
     with pytest.raises(MemoryRequestError, match="segments of 20 tokens, not 30"):
