@@ -369,7 +369,7 @@ def victims(store: str) -> list[str]:
 
 
 def targets(store: str, chosen: Sequence[str] = ()) -> Iterator[str]:
-    """Whom or where to kill, without end: those chosen, or random moments and failpoints in turns."""
+    """Whom or where to kill, without end: those chosen, or moments and failpoints in turns."""
     if chosen:
         yield from itertools.cycle(chosen)
     whom = victims(store)
