@@ -35,10 +35,10 @@ SESSIONS = ("one", "two", "three", "four")
 """Both tenants use these names."""
 
 TURNS = 4
-READS = 5
-"""Of each version, while the session goes on."""
+QUESTIONS = 3
+"""Asked twice of each version, while the session goes on."""
 
-MAX_TOKENS = 5
+MAX_TOKENS = 4
 PREFIXES = [random_tokens(seed, 3 * BLOCK) for seed in (1, 2)]
 """What all prompts begin with."""
 
@@ -107,12 +107,15 @@ def conversation(tenant: str, session: str) -> list[Round]:
     """All of a session's turns; questions are the same for all sessions."""
     rounds = []
     for turn in range(TURNS):
-        questions = [prompt(turn % 2, number) for number in range(READS)]
+        questions = [prompt(turn % 2, number) for number in range(QUESTIONS)]
         rounds.append(
             Round(
                 Request(tenant, "read_write", session, turn, prompt(tenant, session, turn)),
                 [
-                    *(Request(tenant, "read_only", session, turn + 1, text) for text in questions),
+                    *(
+                        Request(tenant, "read_only", session, turn + 1, question)
+                        for question in 2 * questions
+                    ),
                     Request(tenant, None, None, 0, questions[0]),
                     Request(tenant, "off", None, 0, questions[0]),
                 ],
@@ -155,7 +158,8 @@ def alone() -> dict[Request, Tensor]:
         for rounds in CONVERSATIONS:
             for turn, later in rounds:
                 for request in (turn, *later):
-                    answers[request] = ask_alone(llm, request)
+                    if request not in answers:
+                        answers[request] = ask_alone(llm, request)
             llm.sessions.clear()
     return answers
 
