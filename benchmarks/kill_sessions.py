@@ -19,6 +19,7 @@ server's start included.
 
 import argparse
 import contextlib
+import itertools
 import os
 import random
 import shutil
@@ -30,7 +31,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -362,9 +363,16 @@ def run_round(server: Server, talks: Conversations, target: str) -> float:
         return talks.wait_for_all(began)
 
 
-def targets(store: str) -> Iterator[str]:
-    """Whom or where to kill, without end: random moments and failpoints in turns."""
-    whom = ["group", "engine"] + (["redis"] if store == "redis" else [])
+def victims(store: str) -> list[str]:
+    """Whom to kill at random moments."""
+    return ["group", "engine"] + (["redis"] if store == "redis" else [])
+
+
+def targets(store: str, chosen: Sequence[str] = ()) -> Iterator[str]:
+    """Whom or where to kill, without end: those chosen, or moments and failpoints in turns."""
+    if chosen:
+        yield from itertools.cycle(chosen)
+    whom = victims(store)
     where = list(points(store))
     random.shuffle(where)
     first = ["before_commit", "after_commit"]
@@ -377,7 +385,11 @@ def targets(store: str) -> Iterator[str]:
 
 
 def measure(
-    store: str, kills: int, seconds: float | None, mutant: str | None
+    store: str,
+    kills: int,
+    seconds: float | None,
+    mutant: str | None,
+    chosen: Sequence[str] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Kill `kills` times, or more while `seconds` last; every round's findings and the summary."""
     folder = Path(tempfile.mkdtemp(prefix="kill-sessions-"))
@@ -389,7 +401,7 @@ def measure(
         server.start()
         talks = Conversations(server.port)
         auditor = Auditor(server.url)
-        for target in targets(store) if kills else [NOBODY]:
+        for target in targets(store, chosen) if kills else [NOBODY]:
             recovery = run_round(server, talks, target)
             verdict = auditor.audit(talks.acks)
             samples.append({"target": target, "recovery_s": recovery, **vars(verdict)})
@@ -433,10 +445,19 @@ def main() -> None:
     if kills is None:
         kills = QUICK_KILLS if arguments.quick else 200
     limited = arguments.quick and arguments.kills is None
-    settings = {"store": arguments.store, "mutant": arguments.mutant, "quick": arguments.quick}
+    settings = {
+        "store": arguments.store,
+        "mutant": arguments.mutant,
+        "quick": arguments.quick,
+        "targets": arguments.target,
+    }
     where = environment(**settings)
     samples, summary = measure(
-        arguments.store, kills, QUICK_SECONDS if limited else None, arguments.mutant
+        arguments.store,
+        kills,
+        QUICK_SECONDS if limited else None,
+        arguments.mutant,
+        arguments.target,
     )
     table = Table(title=f"SIGKILL, store {arguments.store}, mutant {arguments.mutant}")
     for name in summary:
@@ -454,7 +475,18 @@ def parse() -> argparse.Namespace:
     result.add_argument("--kills", type=int, help="how often; 200 by default, 0 only talks")
     result.add_argument("--store", choices=("sqlite", "redis"), default="sqlite")
     result.add_argument("--mutant", choices=MUTANTS, help="break the SQLite store on purpose")
-    return result.parse_args()
+    result.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        help="kill nothing but this, such as engine or before_commit; may be given several times",
+    )
+    arguments = result.parse_args()
+    known = [*victims(arguments.store), *points(arguments.store)]
+    for target in arguments.target:
+        if target not in known:
+            result.error(f"--target {target}: there is {', '.join(known)}")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ check. `patches/` says for each why it is touched and what upstream change would
 unnecessary; `tests/engine/test_compat.py` checks that each still exists with the shape we rely on.
 """
 
+import asyncio
 import functools
 import os
 import sys
-from typing import Any
+from typing import Any, Final
 
 import vllm
 from vllm import envs
@@ -144,17 +145,32 @@ def extend_cache_salt(request: Request, salt: str) -> None:
     request.update_block_hashes()
 
 
+ALIVE_CHECK_S: Final = 1.0
+"""How often a call looks whether its engine still lives."""
+
+
 async def call_all_workers(engine_client: Any, method: str, *args: Any) -> list[Any]:
     """Call a worker method in every worker of every data parallel engine.
 
-    `EngineClient.collective_rpc` asks the first engine only.
+    `EngineClient.collective_rpc` asks the first engine only. vLLM ends no call whose engine died
+    meanwhile, so this one looks for itself.
 
     Returns:
         One answer per worker.
+
+    Raises:
+        EngineDeadError: an engine died.
     """
-    per_engine = await engine_client.engine_core.call_utility_all_async(
-        "collective_rpc", method, None, args, None
+    call = asyncio.ensure_future(
+        engine_client.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
     )
+    try:
+        while not (await asyncio.wait({call}, timeout=ALIVE_CHECK_S))[0]:
+            if engine_client.errored:
+                raise engine_client.dead_error
+        per_engine = call.result()
+    finally:
+        call.cancel()
     return [answer for answers in per_engine for answer in answers]
 
 

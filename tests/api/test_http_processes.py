@@ -1,21 +1,25 @@
 """Sessions on servers of several processes, and of several tenants."""
 
+import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
 
+from deltamem_vllm.api import metrics
 from deltamem_vllm.api.corrections import INTERVAL_S
 from deltamem_vllm.sessions import SessionStore, open_store
+from tests.api.scrape import Scrape, gauges_of, increase, new_turns
 from tests.api.server import CASE, Server
-from tests.api.sessions_http import Ledger, Reply, ask, new_name, record_of
+from tests.api.sessions_http import SHAPE, Ledger, Reply, ask, new_name, record_of
 from tests.helpers import random_tokens
 from tests.oracle import Oracle, correction_norms
 
@@ -42,7 +46,7 @@ def server(
         folder,
         store=f"sqlite:///{folder}/sessions.db",
         flags=request.param,
-        environment={"DELTAMEM_TENANT_KEYS_FILE": str(keys)},
+        environment={"DELTAMEM_TENANT_KEYS_FILE": str(keys), "DELTAMEM_SWEEP_SECONDS": "0.5"},
     ) as server:
         yield server
 
@@ -125,3 +129,66 @@ def test_another_tenants_session_is_invisible(server: Server, store: SessionStor
         for key in ("wrong", os.urandom(8).hex()):
             with client_of(server, key) as nobody, pytest.raises(openai.AuthenticationError):
                 ask(nobody, prompt, {"session": session})
+
+
+def test_metrics_are_those_of_all_processes(server: Server, store: SessionStore) -> None:
+    before = Scrape(server)
+    alone = commits_by_process(server)
+    turns = 0
+    # Which process gets a connection is the kernel's choice.
+    while turns < TURNS or (alone and len(commits_by_process(server, alone)) < 2):
+        assert turns < 200, "one process got all turns"
+        with client_of(server, "key-a") as client:
+            session = new_name("metered")
+            ask(client, random_tokens(turns, 20), {"session": session})
+            ask(client, random_tokens(turns, 20), {"session": session, "mode": "read_only"})
+        turns += 1
+    after = Scrape(server)
+
+    assert len(after.families) == len(set(after.families))
+    assert new_turns(before, after) == {
+        ("read_write", "committed"): turns,
+        ("read_only", "answered"): turns,
+    }
+    # Of a new session nothing is loaded before it is read.
+    assert increase(before, after, "loads_total") == turns
+    assert increase(before, after, "commits_total") == turns
+    assert increase(before, after, "committed_bytes_total") == turns * SHAPE.num_bytes
+    assert increase(before, after, "lease_wait_seconds_count") == turns
+    stats = store.stats()
+    expected = {
+        "sessions": stats.sessions,
+        "versions": stats.versions,
+        "state_bytes": stats.state_bytes,
+        "leases": 0,
+        "turns_waiting": 0,
+    }
+    assert gauges_of(server, expected) == expected
+
+
+def commits_by_process(
+    server: Server, before: Mapping[int, float] | None = None
+) -> dict[int, float]:
+    """Commits that each of several API server processes counted, if any, more than `before`."""
+    found = {}
+    for file in counter_files(server):
+        for family in MultiProcessCollector.merge([str(file)], accumulate=True):
+            if family.name == f"{metrics.PREFIX}commits":
+                pid = int(file.stem.rpartition("_")[2])
+                found[pid] = family.samples[0].value
+    if before is None:
+        return found
+    return {pid: count for pid, count in found.items() if count > before[pid]}
+
+
+def counter_files(server: Server) -> set[Path]:
+    """Where several API server processes keep their counters; none if there is one process."""
+    found = set()
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if process.name.isdecimal() and os.getpgid(int(process.name)) == server.process.pid:
+                for variable in (process / "environ").read_bytes().split(b"\0"):
+                    name, _, value = variable.decode(errors="replace").partition("=")
+                    if name == "PROMETHEUS_MULTIPROC_DIR":
+                        found |= set(Path(value).glob("counter_*.db"))
+    return found

@@ -10,10 +10,10 @@ import httpx
 import openai
 import pytest
 from prometheus_client import REGISTRY
-from prometheus_client.parser import text_string_to_metric_families
 
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.corrections import INTERVAL_S
+from tests.api.scrape import Scrape, gauges_of, increase, new_turns
 from tests.api.server import CASE, Server
 from tests.api.sessions_http import SHAPE, ask
 from tests.helpers import random_tokens, word
@@ -48,45 +48,6 @@ def client(server: Server) -> Iterator[openai.OpenAI]:
         base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60
     ) as client:
         yield client
-
-
-class Scrape:
-    """All of our samples at one moment."""
-
-    def __init__(self, server: Server) -> None:
-        text = httpx.get(f"{server.url}/metrics", timeout=30).text
-        samples = [
-            sample for family in text_string_to_metric_families(text) for sample in family.samples
-        ]
-        self.samples = {
-            (sample.name, frozenset(sample.labels.items())): sample.value
-            for sample in samples
-            if sample.name.startswith(metrics.PREFIX)
-        }
-        self.engine_requests = sum(
-            sample.value for sample in samples if sample.name == "vllm:request_success_total"
-        )
-
-    def __getitem__(self, name: str) -> float:
-        return self.samples[metrics.PREFIX + name, frozenset()]
-
-    def turns(self) -> dict[tuple[str, str], float]:
-        """How many, by mode and outcome."""
-        found = {}
-        for (name, labels), value in self.samples.items():
-            if name == f"{metrics.PREFIX}turns_total":
-                by = dict(labels)
-                found[by["mode"], by["outcome"]] = value
-        return found
-
-
-def increase(before: Scrape, after: Scrape, name: str) -> float:
-    return after[name] - before[name]
-
-
-def new_turns(before: Scrape, after: Scrape) -> dict[tuple[str, str], float]:
-    old = before.turns()
-    return {by: count - old[by] for by, count in after.turns().items() if count != old.get(by, 0.0)}
 
 
 def usage_of(server: Server, session: str | None, count: int) -> list[dict[str, Any]]:
@@ -225,15 +186,13 @@ def test_folding_and_ingests_are_counted(server: Server, client: openai.OpenAI) 
 def test_gauges_follow_the_store(server: Server, client: openai.OpenAI) -> None:
     ask(client, PROMPT, {"session": "gauged"}, max_tokens=1)
     listed = httpx.get(f"{server.url}/v1/memory/sessions", timeout=30).json()["data"]
-    expected = (len(listed), sum(item["bytes"] for item in listed), 0, 0)
-    deadline = time.monotonic() + 10
-    found: tuple[float, ...] = ()
-    while found != expected and time.monotonic() < deadline:
-        scrape = Scrape(server)
-        names = ("sessions", "state_bytes", "leases", "turns_waiting")
-        found = tuple(scrape[name] for name in names)
-        time.sleep(0.1)
-    assert found == expected
+    expected = {
+        "sessions": len(listed),
+        "state_bytes": sum(item["bytes"] for item in listed),
+        "leases": 0,
+        "turns_waiting": 0,
+    }
+    assert gauges_of(server, expected) == expected
 
 
 def correction_ratio(server: Server) -> float:
