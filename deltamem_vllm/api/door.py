@@ -99,7 +99,7 @@ class EngineDoor:
             )
         if start.args.ticket is None:
             params = start.params(sampling_params)
-            outputs = self._generate(start.salted(prompt), params, request_id, **kwargs)
+            outputs = self._generate(prompt, params, request_id, **kwargs)
             return _watched(outputs, turn, params.output_kind)
         if turn.is_bound:
             raise MemoryRequestError(

@@ -127,7 +127,7 @@ class Generation:
                 _refuse(request)
                 if memory.mode == "off":
                     scope = await self._service.scope(raw, request.model)
-                    start = begin("off", None, self._service.shape, salt=scope.salt)
+                    start = begin("off", None, self._service.shape, scope=scope.cache)
                     report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
                     turn = EngineTurn(start, scope.lora)
                     return await self._generate_only(request, raw, run, turn, report, usage)
@@ -156,7 +156,7 @@ class Generation:
             prompt_tokens_saved=plan.tokens_saved,
         )
         asked.usage.version, asked.usage.saved_tokens = report.version, plan.tokens_saved
-        start = begin("read_only", content, self._service.shape, salt=asked.scope.salt)
+        start = begin("read_only", content, self._service.shape, scope=asked.scope.cache)
         turn = EngineTurn(start, asked.scope.lora)
         return await self._generate_only(
             plan.request, asked.raw, asked.run, turn, report, asked.usage
@@ -219,12 +219,12 @@ class Generation:
                 content,
                 list(plan.ingest),
                 segment_tokens=service.ingester.segment_tokens(content),
-                salt=asked.scope.salt,
+                scope=asked.scope.cache,
                 lora_request=asked.scope.lora,
             )
             content = [content async for _, content in writing][-1]
         start = begin(
-            "read_write", content, service.shape, reread=plan.reread, salt=asked.scope.salt
+            "read_write", content, service.shape, reread=plan.reread, scope=asked.scope.cache
         )
         engine_turn = usage.engine_turn = EngineTurn(start, asked.scope.lora)
         with service.door.carrying(engine_turn):

@@ -118,7 +118,7 @@ class Ingester:
         tokens: list[int],
         *,
         segment_tokens: int,
-        salt: str = "",
+        scope: str = "",
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
         """Write `tokens` after what a session holds.
@@ -127,7 +127,7 @@ class Ingester:
             content: the session; None for an empty memory.
             tokens: to be written, all of them.
             segment_tokens: see the method.
-            salt: see `begin`.
+            scope: see `begin`.
             engine_kwargs: further arguments of the engine client's `generate`.
 
         Yields:
@@ -137,7 +137,7 @@ class Ingester:
         pending = 0 if content is None else len(content.pending_token_ids)
         written = 0
         for segment in segments(tokens, size, pending):
-            start = begin("read_write", content, self._shape, salt=salt)
+            start = begin("read_write", content, self._shape, scope=scope)
             state = await self._door.feed(start, list(segment), **engine_kwargs)
             fed = len(start.pending) + len(segment)
             content = segment_written(start.content(state, fed, pending=()), segment_tokens)

@@ -143,7 +143,7 @@ class Ingests:
             content,
             tokens[position:],
             segment_tokens=size,
-            salt=job.scope.salt,
+            scope=job.scope.cache,
             lora_request=job.scope.lora,
         )
         start = position

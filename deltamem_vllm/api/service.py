@@ -16,6 +16,7 @@ from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.api.tenants import TenantResolver
 from deltamem_vllm.api.turns import SessionTurns
 from deltamem_vllm.engine.compat import lora_behind
+from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.sessions import SessionKey
 from deltamem_vllm.state.fingerprint import FingerprintParts
 from deltamem_vllm.state.snapshot import StateShape
@@ -36,9 +37,9 @@ class Scope:
         return SessionKey(self.tenant, self.parts.digest, session)
 
     @property
-    def salt(self) -> str:
-        """Keeps a LoRA's KV cache apart from that of other weights under its name and path."""
-        return "" if self.lora is None else self.parts.lora
+    def cache(self) -> str:
+        """See `cache_scope`."""
+        return cache_scope(self.tenant, "" if self.lora is None else self.parts.lora)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import msgspec
 from vllm import SamplingParams
 
 from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.sessions import PUBLIC_TENANT
 
 ARGS_KEY: Final = "deltamem"
 
@@ -32,15 +33,36 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
     write_until: int = 0
     """But those before this one are."""
 
+    scope: str = ""
+    """Whose memory it is, and of which weights: see `cache_scope`."""
+
     ticket: str | None = None
     """Key under which the worker keeps the final state; None: nobody wants it."""
 
     @property
     def salt(self) -> str:
         """Digest of all that makes this request's KV cache differ from another's: 64 digits."""
-        digest = hashlib.sha256(f"{self.read_from},{self.write_from},{self.write_until},".encode())
+        positions = f"{self.read_from},{self.write_from},{self.write_until}"
+        digest = hashlib.sha256(f"{positions},{len(self.scope)},{self.scope}".encode())
         digest.update(self.state or b"")
         return digest.hexdigest()
+
+
+def cache_scope(tenant: str, lora: str) -> str:
+    """Requests of one scope share prefix-cache blocks where their memories are equal; requests of
+    two never do, so that nobody can tell from a hit what another tenant asked.
+
+    Args:
+        tenant: whose memory a request has.
+        lora: digest of the LoRA's files, which vLLM tells by their name and path alone; empty
+            without one.
+
+    Returns:
+        Empty for the public tenant's memories of the base model, as for requests without memory.
+    """
+    if tenant == PUBLIC_TENANT and not lora:
+        return ""
+    return hashlib.sha256(f"{len(tenant)},{tenant}{lora}".encode()).hexdigest()
 
 
 def with_memory(params: SamplingParams, args: MemoryArgs) -> SamplingParams:

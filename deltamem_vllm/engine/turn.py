@@ -38,9 +38,6 @@ class Start:
     reread: int = 0
     """Tokens of the caller's prompt, from its start, that are read and not written."""
 
-    salt: str = ""
-    """Keeps the prompt's KV cache apart from that of other weights under the same name."""
-
     @property
     def ticket(self) -> str:
         """Key of the final state of a turn that writes."""
@@ -59,13 +56,7 @@ class Start:
                 "embeddings or media."
             )
         tokens = [*self.pending, *prompt["prompt_token_ids"]]
-        return {**self.salted(prompt), "prompt_token_ids": tokens}
-
-    def salted(self, prompt: Any) -> Any:
-        """An engine's rendered prompt with the salt, if there is one."""
-        if not self.salt:
-            return prompt
-        return {**prompt, "cache_salt": f"{self.salt}{prompt.get('cache_salt') or ''}"}
+        return {**prompt, "prompt_token_ids": tokens}
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """A copy of the sampling parameters that carries the memory."""
@@ -117,7 +108,7 @@ def begin(
     shape: StateShape,
     *,
     reread: int = 0,
-    salt: str = "",
+    scope: str = "",
 ) -> Start:
     """Begin a turn on what a session holds.
 
@@ -126,7 +117,7 @@ def begin(
         before: the session's content; None for an empty memory.
         shape: the adapter's states, which the content must fit.
         reread: tokens at the prompt's start that are not written.
-        salt: requests share prefix-cache blocks only under the same one.
+        scope: see `cache_scope`.
 
     Raises:
         SnapshotError: the content is not this adapter's.
@@ -143,8 +134,8 @@ def begin(
         if reread:
             write_from, write_until = len(pending) + reread, len(pending)
     state = None if before is None else before.state
-    args = MemoryArgs(state, read_from, write_from, write_until, ticket)
-    return Start(before, args, pending, reread if mode == "read_write" else 0, salt)
+    args = MemoryArgs(state, read_from, write_from, write_until, scope, ticket)
+    return Start(before, args, pending, reread if mode == "read_write" else 0)
 
 
 def segments(tokens: Sequence[int], size: int, num_pending: int = 0) -> Iterator[Sequence[int]]:

@@ -69,7 +69,9 @@ def write_all(
             return
         feeds = []
         for one, segment in step:
-            start = begin("read_write", one.content, service.shape, salt=service.salt(one.lora))
+            start = begin(
+                "read_write", one.content, service.shape, scope=service.cache_scope(one.lora)
+            )
             prompt = {"type": "token", "prompt_token_ids": list(segment)}
             feeds.append(Feed(start, start.prompt(prompt), one.lora))
         for (one, segment), feed, state in zip(

@@ -17,6 +17,7 @@ from deltamem_vllm.api.boundaries import Render, turn_terminator
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.messages import tenant_key
 from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.offline.call import CallSessions
@@ -83,9 +84,10 @@ class OfflineService:
         """The session of a name, of the model with a LoRA; None is without."""
         return SessionKey(self.tenant, self.fingerprints.of(lora_request).digest, session)
 
-    def salt(self, lora_request: Any) -> str:
-        """Keeps a LoRA's KV cache apart from that of other weights under its name and path."""
-        return "" if lora_request is None else self.fingerprints.of(lora_request).lora
+    def cache_scope(self, lora_request: Any) -> str:
+        """See `cache_scope`."""
+        lora = "" if lora_request is None else self.fingerprints.of(lora_request).lora
+        return cache_scope(self.tenant, lora)
 
     @contextmanager
     def call(self) -> Iterator[CallSessions]:

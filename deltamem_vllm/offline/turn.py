@@ -82,7 +82,8 @@ class Turn:
         """
         if self.start is None:
             return prompt, params
-        prompt = self.start.prompt(prompt) if self.writes else self.start.salted(prompt)
+        if self.writes:
+            prompt = self.start.prompt(prompt)
         self.entered = prompt
         return prompt, self.start.params(params)
 

@@ -147,7 +147,7 @@ class Turns:
                     turn.content,
                     self._service.shape,
                     reread=turn.reread,
-                    salt=self._service.salt(turn.lora),
+                    scope=self._service.cache_scope(turn.lora),
                 )
         for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):
             turn.output = output

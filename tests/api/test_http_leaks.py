@@ -164,7 +164,6 @@ def alone() -> dict[Request, Tensor]:
                 for request in (turn, *later):
                     if request not in answers:
                         answers[request] = ask_alone(llm, request)
-            llm.sessions.clear()
     return answers
 
 
@@ -172,9 +171,10 @@ def ask_alone(llm: MemoryLLM, request: Request) -> Tensor:
     """Its turns are asked in order, so that the current version is the one to read."""
     memory = OFF if request.mode == "off" else None
     if request.session is not None:
-        found = llm.sessions.get(request.session)
+        name = f"{request.tenant}, {request.session}"
+        found = llm.sessions.get(name)
         assert (0 if found is None else found.version) == request.version
-        memory = Memory(session=request.session, mode=request.mode)
+        memory = Memory(session=name, mode=request.mode)
     (output,) = llm.generate(
         list(request.prompt), greedy(MAX_TOKENS), memory=memory, use_tqdm=False
     )

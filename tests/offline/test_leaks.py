@@ -106,6 +106,18 @@ def test_memories_of_one_step_do_not_share_either(llm: MemoryLLM) -> None:
         assert difference.abs().max() < NOISE, name
 
 
+def test_tenants_share_no_cached_blocks_whatever_their_states(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a hit would tell one of them what another asked."""
+    hits = []
+    for tenant in ("public", "a", "b", "a", "b"):
+        monkeypatch.setattr(llm._service, "tenant", tenant)
+        hits.append(ask(llm, Memory(session="new"), SHARED).num_cached_tokens)
+    assert hits == [0, 0, 0, 3 * BLOCK, 3 * BLOCK]
+    assert ask(llm, None, TokensPrompt(prompt_token_ids=SHARED)).num_cached_tokens == 3 * BLOCK
+
+
 def test_sessions_of_equal_state_share_cached_blocks(llm: MemoryLLM) -> None:
     """What is shared is decided by the state, not by the name: a fork starts warm."""
     write(llm, "a", random_tokens(1, 80))
