@@ -90,7 +90,7 @@ def test_a_lifetime_and_tools_are_taken_along(
     server: Server, store: SessionStore, tmp_path: Path
 ) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-    name = new_name("tools")
+    name = new_name("lasting")
     line = transcript(name, 1, ttl=1000, tools=[tool])
     done = rebuild(written(tmp_path / "t.jsonl", [line]), server.url)
     assert done.returncode == 0, done.stdout + done.stderr
