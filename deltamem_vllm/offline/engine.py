@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,6 +45,23 @@ class OfflineEngine:
     def __init__(self, llm: LLM, shape: StateShape) -> None:
         self._llm = llm
         self._shape = shape
+        self._is_left = False
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Around all that runs requests: after an error nothing of them stays in the engine."""
+        self._is_left = True
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self._is_left = False
+
+    def tidy(self) -> None:
+        """Clear what is left if somebody lost patience with `abandon`, too."""
+        if self._is_left:
+            self.abandon()
 
     def final_states(self, feeds: Sequence[Feed]) -> list[bytes]:
         """The state after each feed's tokens, where its request ended just now.
@@ -116,6 +134,7 @@ class OfflineEngine:
                 # The scheduler hashes blocks before the forward that fills them, and that may be
                 # what was interrupted.
                 llm.reset_prefix_cache()
+            self._is_left = False
 
     def _states(self, feeds: Iterable[Feed], taken: dict[str, tuple[int, bytes]]) -> list[bytes]:
         wanted = {one.start.ticket: one for one in feeds}

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,15 +52,19 @@ class OfflineService:
         self.engine = OfflineEngine(self.llm, self.shape)
         folder = None
         if url is None:
-            folder = tempfile.TemporaryDirectory(prefix="deltamem-", ignore_cleanup_errors=True)
-            url = f"sqlite://{Path(folder.name).resolve()}/sessions.db"
+            # Not a `TemporaryDirectory`, which a child of a fork would remove.
+            folder = Path(tempfile.mkdtemp(prefix="deltamem-")).resolve()
+            url = f"sqlite://{folder}/sessions.db"
         self.store = check_store(url, settings)
         self.store.sweep()
         owner = f"MemoryLLM in process {os.getpid()}"
         self._keeper = LeaseKeeper(self.store, owner, settings.lease_seconds)
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="deltamem-store")
+        self._running = threading.RLock()
         self._terminators: dict[str, tuple[int, ...]] = {}
-        self.close = weakref.finalize(self, _close, self.store, self._keeper, self._threads, folder)
+        self.close = weakref.finalize(
+            self, _close, os.getpid(), self.store, self._keeper, self._threads, folder
+        )
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
@@ -88,17 +94,23 @@ class OfflineService:
         """The sessions of one call; what it leased is given back at its end.
 
         Raises:
-            MemoryRequestError: the engine is not idle.
+            MemoryRequestError: the engine is not idle, or was shut down.
         """
-        if self.llm.llm_engine.has_unfinished_requests():
-            raise MemoryRequestError(
-                "requests of `enqueue` are waiting: collect them with `wait_for_completion` first."
-            )
-        sessions = CallSessions(self.store, self._keeper, self._threads)
-        try:
-            yield sessions
-        finally:
-            sessions.close()
+        if not self.close.alive:
+            raise MemoryRequestError("this MemoryLLM is closed; make another.")
+        # One call at a time: vLLM's `LLM` mixes up the requests of two threads.
+        with self._running:
+            self.engine.tidy()
+            if self.llm.llm_engine.has_unfinished_requests():
+                raise MemoryRequestError(
+                    "requests of `enqueue` are waiting: collect them with `wait_for_completion` "
+                    "first."
+                )
+            sessions = CallSessions(self.store, self._keeper, self._threads)
+            try:
+                yield sessions
+            finally:
+                sessions.close()
 
     def terminator(self, name: str, render: Render) -> tuple[int, ...]:
         """What a template puts behind a reply; empty if it cannot be told.
@@ -133,13 +145,16 @@ def check_store(url: str, settings: ServerSettings) -> SessionStore:
 
 
 def _close(
+    process: int,
     store: SessionStore,
     keeper: LeaseKeeper,
     threads: ThreadPoolExecutor,
-    folder: "tempfile.TemporaryDirectory[str] | None",
+    folder: Path | None,
 ) -> None:
+    if os.getpid() != process:
+        return  # A child of a fork has neither the threads nor a right to the temporary store.
     threads.shutdown()
     keeper.close()
     store.close()
     if folder is not None:
-        folder.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -18,7 +18,7 @@ from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
 from deltamem_vllm.offline.ingest import Writing, write_all
-from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, chat_render
+from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, TOKENIZATION, chat_render
 from deltamem_vllm.offline.replies import keep, replay, with_report
 from deltamem_vllm.offline.service import OfflineService
 from deltamem_vllm.offline.turn import Turn
@@ -32,6 +32,9 @@ RunTurns = Callable[..., list[RequestOutput]]
 
 SHOWN_ONLY: Final = ("use_tqdm",)
 """Arguments of a call that do not change what is asked."""
+
+CONTINUES: Final = "continue_final_message"
+"""Argument of `LLM.chat`."""
 
 
 class Turns:
@@ -75,12 +78,9 @@ class Turns:
         """
         self._open(turns)
         left = [turn for turn in turns if turn.output is None]
-        try:
+        with self._service.engine.busy():
             for wave in waves([(turn.key, turn.writes) for turn in left]):
                 self._run_wave([left[index] for index in wave])
-        except BaseException:
-            self._service.engine.abandon()
-            raise
         # Not before: after an error the caller gets no output and may call again.
         self._sessions.commit()
         return [turn.output for turn in turns if turn.output is not None]
@@ -103,6 +103,8 @@ class Turns:
                 "chat_template with read_write memory: sessions belong to the model's template. "
                 "Give it to MemoryLLM."
             )
+        if any(turn.memory is not None and turn.memory.window is not None for turn in turns):
+            self._check_window()
         named = _by_reply_name(turns)
         self._sessions.open(writes, self._service.settings.max_wait_seconds)
         written = {key for key, _ in writes}
@@ -113,6 +115,20 @@ class Turns:
             if reply is not None:
                 request_id = str(next(self._service.llm.request_counter))
                 turn.output = replay(reply, turn.request_hash, request_id)
+
+    def _check_window(self) -> None:
+        """Refuse what would leave other messages in a session than its client sends back."""
+        arguments = self._arguments
+        if not arguments.get("add_generation_prompt", True) or arguments.get(CONTINUES):
+            raise MemoryRequestError(
+                "memory.window needs a request for a new answer: leave add_generation_prompt and "
+                "continue_final_message at their defaults."
+            )
+        if (arguments.get(TOKENIZATION) or {}).get("truncate_prompt_tokens") is not None:
+            raise MemoryRequestError(
+                "memory.window and truncate_prompt_tokens, in tokenization_kwargs, exclude each "
+                "other."
+            )
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -253,7 +269,7 @@ class Turns:
 
     def _pending(self, output_ids: Sequence[int]) -> tuple[int, ...]:
         """What the session's next turn must feed first."""
-        if self._render is None or self._arguments.get("continue_final_message"):
+        if self._render is None or self._arguments.get(CONTINUES):
             return tuple(output_ids[-1:])
         assert self._render_bare is not None
         name = repr(self._arguments.get(TEMPLATE_ARGUMENTS))

@@ -143,6 +143,28 @@ def test_a_window_of_a_reader_shows_what_was_never_written(llm: MemoryLLM) -> No
     assert contents(llm) == before
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"add_generation_prompt": False},
+        {"add_generation_prompt": False, "continue_final_message": True},
+        {"tokenization_kwargs": {"truncate_prompt_tokens": 5}},
+    ],
+)
+def test_a_window_needs_a_whole_request_for_a_new_answer(llm: MemoryLLM, arguments: Any) -> None:
+    """Else the session would count other messages as written than its client sends back."""
+    history = [said(110, 5), {**said(111, 5), "role": "assistant"}]
+    with pytest.raises(MemoryRequestError, match=next(reversed(arguments))[:8]):
+        llm.chat(
+            history,
+            greedy(),
+            Memory(session="a", window={"messages": 4}),
+            use_tqdm=False,
+            **arguments,
+        )
+    assert len(llm.sessions) == 0
+
+
 def test_an_image_is_refused(llm: MemoryLLM) -> None:
     image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
     with pytest.raises(MemoryRequestError, match="image_url"):
