@@ -78,6 +78,23 @@ class Fold:
     """Of the history, and not in the prompt."""
 
 
+def check_foldable(
+    *, add_generation_prompt: bool, continue_final_message: bool, truncate_prompt_tokens: int | None
+) -> None:
+    """Refuse what would leave other messages in a session than its client sends back.
+
+    Raises:
+        MemoryRequestError: names the argument.
+    """
+    if not add_generation_prompt or continue_final_message:
+        raise MemoryRequestError(
+            "memory.window needs a request for a new answer: leave add_generation_prompt and "
+            "continue_final_message at their defaults."
+        )
+    if truncate_prompt_tokens is not None:
+        raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
+
+
 def fold(
     messages: Sequence[Message],
     versions: Sequence[SessionRecord],

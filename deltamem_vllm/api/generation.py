@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from deltamem_vllm.api import replies
 from deltamem_vllm.api.conversation import Plan
 from deltamem_vllm.api.door import EngineTurn
+from deltamem_vllm.api.folding import check_foldable
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService, Scope
@@ -423,13 +424,11 @@ def _refuse(request: GenerationRequest) -> None:
         return
     if not isinstance(request, MemoryChatRequest):
         raise MemoryRequestError("memory.window folds messages; a completion has none.")
-    if not request.add_generation_prompt or request.continue_final_message:
-        raise MemoryRequestError(
-            "memory.window needs a request for a new answer: leave add_generation_prompt and "
-            "continue_final_message at their defaults."
-        )
-    if request.truncate_prompt_tokens is not None:
-        raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
+    check_foldable(
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        truncate_prompt_tokens=request.truncate_prompt_tokens,
+    )
 
 
 def _automatic_name(base_version: int, request_hash: bytes) -> str:

@@ -174,6 +174,12 @@ async def call_all_workers(engine_client: Any, method: str, *args: Any) -> list[
     return [answer for answers in per_engine for answer in answers]
 
 
+def engine_is_dead(engine_core: Any) -> bool:
+    """Whether the process of an `LLM`'s engine client died; calls of it may never return then."""
+    resources = getattr(engine_core, "resources", None)  # none in process
+    return resources is not None and bool(resources.engine_dead)
+
+
 async def lora_behind(models: Any, name: str | None) -> Any:
     """The LoRA request that vLLM will use for a model's name; None for the base model.
 
@@ -241,6 +247,7 @@ __all__ = [
     "call_all_workers",
     "check_version",
     "direct_register_custom_op",
+    "engine_is_dead",
     "extend_cache_salt",
     "extract_layer_index",
     "get_current_vllm_config",

@@ -73,6 +73,8 @@ class Start:
             return
         if output.prompt_token_ids is not None:
             output.prompt_token_ids = output.prompt_token_ids[count:]
+        if output.num_cached_tokens:
+            output.num_cached_tokens = max(0, output.num_cached_tokens - count)
         if output.prompt_logprobs:
             # The first token of a prompt has no logprob.
             output.prompt_logprobs = [None, *output.prompt_logprobs[count + 1 :]]

@@ -13,6 +13,7 @@ from deltamem_vllm.errors import (
     SessionBusyError,
     SessionNotFoundError,
     StoreError,
+    StoreUnavailableError,
 )
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import (
@@ -60,7 +61,13 @@ class _Written:
     is_broken: bool = False
     """A turn was broken off; no later one of this call counts."""
 
-    is_done: bool = False
+    num_done: int = 0
+    """Of the commits."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its lease was given back with the last commit."""
+        return 0 < len(self.commits) == self.num_done
 
     @property
     def versions(self) -> tuple[SessionRecord, ...]:
@@ -84,6 +91,7 @@ class CallSessions:
         self._keeper = keeper
         self._threads = threads
         self._written: dict[SessionKey, _Written] = {}
+        self._is_closed = False
         self._read: dict[tuple[SessionKey, int | None], SessionRecord | None] = {}
 
     def open(self, writes: Sequence[tuple[SessionKey, Memory]], max_wait: float) -> None:
@@ -122,11 +130,6 @@ class CallSessions:
         """
         asked = [read for read in dict.fromkeys(reads) if read not in self._read]
         self._read.update(zip(asked, self._map(self._find, asked), strict=True))
-
-    def current(self, key: SessionKey) -> SessionRecord | None:
-        """What a turn that writes grows out of; None for an empty memory."""
-        versions = self.versions(key)
-        return versions[0] if versions else None
 
     def versions(self, key: SessionKey) -> tuple[SessionRecord, ...]:
         """Those of a session to be written, newest first; at least the current one."""
@@ -213,24 +216,31 @@ class CallSessions:
             DeltaMemError: not all could be written; the message says which were.
         """
         writing = [key for key, written in self._written.items() if written.commits]
-        commits = {key: self._threads.submit(self._commit, self._written[key]) for key in writing}
-        _wait_for_all(commits.values())
-        errors = {key: error for key in writing if (error := commits[key].exception())}
+        commits = self._start(lambda key: self._commit(self._written[key]), writing)
+        found = {key: one.exception() for key, one in zip(writing, commits, strict=True)}
+        errors = {key: error for key, error in found.items() if error}
         if not errors:
             return
         error = next(iter(errors.values()))
         if not isinstance(error, DeltaMemError):
             raise error
-        done = [key.name for key in writing if key not in errors]
+        # A store that did not answer may have written all the same.
+        in_doubt = any(isinstance(one, StoreUnavailableError) for one in errors.values())
+        failed = [self._shown(key) for key in errors]
+        done = [repr(key.name) for key in writing if key not in errors]
         raise type(error)(
             f"{error} Not all of this call's sessions were written: "
-            f"{_listed([key.name for key in errors])} failed; {_listed(done)} hold their new "
-            "versions. Turns with a name can be run again safely."
+            f"{_listed(failed)} {'may be written or not' if in_doubt else 'failed'}; "
+            f"{_listed(done)} hold their new versions. Turns with a name can be run again safely."
         ) from error
 
     def close(self) -> None:
         """Give back the leases of all that was not written."""
+        self._is_closed = True
         left = [one.lease for one in self._written.values() if not one.is_done]
+        # First, so that they run out if somebody loses patience with the store.
+        for lease in left:
+            self._keeper.forget(lease)
         self._written.clear()
         self._release(left)
 
@@ -269,6 +279,8 @@ class CallSessions:
             self._written[key] = _Written(self._keeper.acquire(key))
         except SessionBusyError:
             return False
+        if self._is_closed and (late := self._written.pop(key, None)):
+            self._give_back(late.lease)
         return True
 
     def _release(self, leases: Sequence[Lease]) -> None:
@@ -306,14 +318,28 @@ class CallSessions:
                 release=index == last,
             )
             lease = advanced(lease, record)
+            written.num_done += 1
         self._keeper.forget(lease)
-        written.is_done = True
 
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """A store's call for each item, side by side; all end before an error is raised."""
-        futures = [self._threads.submit(function, item) for item in items]
-        _wait_for_all(futures)
-        return [future.result() for future in futures]
+        return [future.result() for future in self._start(function, items)]
+
+    def _start(self, function: Callable[[A], B], items: Sequence[A]) -> "list[Future[B]]":
+        """As `_map`, with the outcomes still in their futures."""
+        futures: list[Future[B]] = []
+        try:
+            for item in items:
+                futures.append(self._threads.submit(function, item))
+        finally:
+            _wait_for_all(futures)
+        return futures
+
+    def _shown(self, key: SessionKey) -> str:
+        written = self._written[key]
+        if not written.num_done:
+            return repr(key.name)
+        return f"{key.name!r} ({written.num_done} of {len(written.commits)} turns written)"
 
 
 def _wait_for_all(futures: Iterable["Future[Any]"]) -> None:
@@ -328,6 +354,6 @@ def _wait_for_all(futures: Iterable["Future[Any]"]) -> None:
 def _listed(names: Sequence[str]) -> str:
     if not names:
         return "none"
-    shown = ", ".join(map(repr, names[:NAMES_SHOWN]))
+    shown = ", ".join(names[:NAMES_SHOWN])
     more = len(names) - NAMES_SHOWN
     return f"{shown} and {more} more" if more > 0 else shown

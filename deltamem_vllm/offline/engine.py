@@ -2,7 +2,8 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -44,6 +45,28 @@ class OfflineEngine:
     def __init__(self, llm: LLM, shape: StateShape) -> None:
         self._llm = llm
         self._shape = shape
+        self._has_requests = False
+        self._has_states = False
+        """What an error left in the engine."""
+
+    @contextmanager
+    def busy(self) -> Iterator[None]:
+        """Around all that runs requests: after an error nothing of them stays in the engine."""
+        self._has_requests = True
+        try:
+            yield
+        except BaseException:
+            self.abandon()
+            raise
+        self._has_requests = False
+
+    def tidy(self) -> None:
+        """Clear, before a call, what `abandon` could not, or was not left the time to."""
+        if self._has_requests:
+            self.abandon()
+        if self._has_states:
+            with contextlib.suppress(Exception):
+                self._forget()
 
     def final_states(self, feeds: Sequence[Feed]) -> list[bytes]:
         """The state after each feed's tokens, where its request ended just now.
@@ -107,15 +130,25 @@ class OfflineEngine:
         with contextlib.suppress(Exception):
             # Nobody else's are in there: a call starts with an idle engine.
             requests = list(llm.llm_engine.output_processor.request_states)
+            self._has_states = True
             llm.llm_engine.abort_request(requests, internal=True)
-            for _ in range(2):
-                # Between two worker calls the engine steps, which hands the final states over.
-                self._let_step()
-                llm.collective_rpc("forget_memory_states")
+            self._has_requests = False
+            # Ctrl-C at a terminal ends an engine in another process, too, and vLLM waits for the
+            # answer of a dead one for ever. The next call knows whether it lives.
             if isinstance(llm.llm_engine.engine_core, InprocClient):
-                # The scheduler hashes blocks before the forward that fills them, and that may be
-                # what was interrupted.
-                llm.reset_prefix_cache()
+                self._forget()
+
+    def _forget(self) -> None:
+        llm = self._llm
+        for _ in range(2):
+            # Between two worker calls the engine steps, which hands the final states over.
+            self._let_step()
+            llm.collective_rpc("forget_memory_states")
+        if isinstance(llm.llm_engine.engine_core, InprocClient):
+            # The scheduler hashes blocks before the forward that fills them, and that may be
+            # what was interrupted.
+            llm.reset_prefix_cache()
+        self._has_states = False
 
     def _states(self, feeds: Iterable[Feed], taken: dict[str, tuple[int, bytes]]) -> list[bytes]:
         wanted = {one.start.ticket: one for one in feeds}

@@ -1,8 +1,9 @@
 """Writing text of any length into sessions, many together."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from typing import Any
 
 from pydantic import ValidationError
@@ -108,9 +109,13 @@ def job_of(key: SessionKey, content: Any, lora: Any, **fields: Any) -> Job:
     """
     if isinstance(content, str):
         source = "text"
-    else:
-        content = list(content)
+    elif isinstance(content, Iterable) and not isinstance(content, bytes):
+        content = [int(each) if isinstance(each, Integral) else each for each in content]
         source = "token_ids" if content and isinstance(content[0], int) else "messages"
+    else:
+        raise MemoryRequestError(
+            f"an ingest is of messages, a text, or token ids, not {type(content).__name__}."
+        )
     try:
         return Job(key, IngestRequest(**{source: content}, **fields), lora)
     except ValidationError as error:
@@ -167,8 +172,8 @@ class Ingests:
 
     def _prepare(self, job: Job) -> None:
         body, llm = job.body, self._service.llm
-        current = None if body.replace else self._sessions.current(job.key)
-        content = None if current is None else current.content
+        versions = () if body.replace else self._sessions.versions(job.key)
+        content = versions[0].content if versions else None
         size = segment_size(content, body.segment_tokens, self._service.settings.segment_tokens)
         if body.messages is not None:
             job.chain = hash_chain(body.messages, self._service.chain_key)
@@ -209,11 +214,8 @@ class Ingests:
                 progress.update(sum(one.position for one in writings) - progress.n)
 
             progress.update(sum(one.position for one in writings))
-            try:
+            with self._service.engine.busy():
                 write_all(self._service, writings, after_segments)
-            except BaseException:
-                self._service.engine.abandon()
-                raise
 
     def _kept(self, job: Job) -> IngestJob:
         assert job.writing is not None and job.writing.content is not None

@@ -5,15 +5,17 @@ prompts that write the same session run one after another, in the order given. W
 returns, every session that was written durably holds its new version.
 """
 
+import copy
 import os
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from pydantic import ValidationError
 from vllm import LLM, RequestOutput, SamplingParams
+from vllm.logger import init_logger
 
-from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.api.settings import ServerSettings, variable
 from deltamem_vllm.engine.compat import KVTransferConfig
 from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
@@ -25,11 +27,14 @@ from deltamem_vllm.errors import DeltaMemError, EngineConfigError, MemoryRequest
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.models.overrides import memory_overrides
 from deltamem_vllm.offline.ingest import Ingests, job_of
+from deltamem_vllm.offline.rendering import RENDERING
 from deltamem_vllm.offline.service import OfflineService, check_store
 from deltamem_vllm.offline.sessions import Sessions
 from deltamem_vllm.offline.turn import Turn
 from deltamem_vllm.offline.turns import Turns
 from deltamem_vllm.sessions import PUBLIC_TENANT
+
+logger = init_logger(f"vllm.{__name__}")
 
 PER_PROMPT: Final = ("lora_request", "priority")
 """Further arguments of `LLM.generate` and `LLM.chat` that may come one per prompt."""
@@ -71,6 +76,12 @@ class MemoryLLM(LLM):
         if store is not None:
             # Now, because loading a model takes minutes; not for good, because engines may fork.
             check_store(store, settings).close()
+        elif settings.keeps_sessions:
+            logger.warning(
+                "delta-mem: %s is a server's; sessions of this MemoryLLM are in a temporary file. "
+                "Give it the store as an argument.",
+                variable("store"),
+            )
         self._turns: deque[Turn] = deque()
         # As for adapters, and unlike vLLM, "~" is understood.
         model = os.path.expanduser(model)
@@ -151,7 +162,10 @@ class MemoryLLM(LLM):
         With a window, a conversation is the full history, see `docs/folding.md`. In it, a reply is
         the assistant's message with an output's text.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else list(messages)
+        # Copied wholly: vLLM parses the arguments of tool calls in place.
+        conversations = copy.deepcopy(list(messages))
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
         return self._run_turns(
             super().chat, conversations, sampling_params, memory, kwargs, is_chat=True
         )
@@ -193,12 +207,20 @@ class MemoryLLM(LLM):
             MemoryRequestError, SessionError: see `generate`. What was done of named ingests is
                 kept.
         """
+        if unknown := sorted(set(kwargs) - set(RENDERING)):
+            raise MemoryRequestError(
+                f"ingest takes no {', '.join(unknown)}; of `LLM.chat` it takes "
+                f"{', '.join(RENDERING)}."
+            )
         if isinstance(session, str):
             names, contents = [session], [content]
             job_ids = [job_id]
         else:
-            names, contents = list(session), _per_prompt("content", content, len(session))
-            job_ids = _per_prompt("job_id", job_id, len(session))
+            if not isinstance(session, Iterable):
+                raise MemoryRequestError(f"session is a name or a list of names, not {session!r}.")
+            names = list(session)
+            contents = _per_prompt("content", content, len(names))
+            job_ids = _per_prompt("job_id", job_id, len(names))
         jobs = [
             job_of(
                 self._service.key(name, lora_request),
@@ -269,7 +291,8 @@ class MemoryLLM(LLM):
     ) -> str:
         """Called by vLLM for each rendered prompt, in order: add what the turn brings along."""
         if self._turns:
-            prompt, params = self._turns.popleft().enter(prompt, params)
+            turn = self._turns.popleft()
+            prompt, params = turn.enter(prompt, params, self._service.max_model_len)
         request_id: str = super()._add_request(prompt, params, lora_request, priority)
         return request_id
 
@@ -287,6 +310,11 @@ def _listed(prompts: Any) -> list[Any]:
     """Prompts as a list: one text, one dict or one list of token ids is a single prompt."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise MemoryRequestError(
+            "a prompt is a text, token ids, or a dict as vLLM takes it; prompts are a list of "
+            f"these, not {type(prompts).__name__}."
+        )
     prompts = list(prompts)
     return [prompts] if prompts and isinstance(prompts[0], int) else prompts
 

@@ -14,6 +14,9 @@ CONTENT_FORMAT: Final = "chat_template_content_format"
 TEMPLATE_ARGUMENTS: Final = "chat_template_kwargs"
 TOKENIZATION: Final = "tokenization_kwargs"
 
+RENDERING: Final = ("chat_template", CONTENT_FORMAT, TEMPLATE_ARGUMENTS, "tools", TOKENIZATION)
+"""Arguments of `LLM.chat` from which messages become tokens."""
+
 
 def chat_render(llm: LLM, arguments: Mapping[str, Any]) -> Render:
     """A function that renders messages.

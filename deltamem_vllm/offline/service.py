@@ -1,8 +1,12 @@
 """What a `MemoryLLM` with sessions is made of."""
 
 import logging
+import math
 import os
+import shutil
 import tempfile
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,12 +18,14 @@ from typing import Any, Final
 from vllm import LLM
 
 from deltamem_vllm.api.boundaries import Render, turn_terminator
+from deltamem_vllm.api.conversation import TEMPLATES_KNOWN
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.messages import tenant_key
 from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.engine.compat import engine_is_dead
 from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.engine.settings import adapter_of
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import MemoryRequestError, StoreError
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import OfflineEngine
 from deltamem_vllm.sessions import SessionKey, SessionStore, open_store
@@ -51,15 +57,26 @@ class OfflineService:
         self.engine = OfflineEngine(self.llm, self.shape)
         folder = None
         if url is None:
-            folder = tempfile.TemporaryDirectory(prefix="deltamem-", ignore_cleanup_errors=True)
-            url = f"sqlite://{Path(folder.name).resolve()}/sessions.db"
+            # Not a `TemporaryDirectory`, which a child of a fork would remove.
+            folder = Path(tempfile.mkdtemp(prefix="deltamem-")).resolve()
+            url = f"sqlite://{folder}/sessions.db"
         self.store = check_store(url, settings)
-        self.store.sweep()
+        self._swept = -math.inf
         owner = f"MemoryLLM in process {os.getpid()}"
-        self._keeper = LeaseKeeper(self.store, owner, settings.lease_seconds)
+        core = weakref.ref(llm.llm_engine.engine_core)
+        self._keeper = LeaseKeeper(
+            self.store,
+            owner,
+            settings.lease_seconds,
+            # vLLM waits for ever for an engine that was killed.
+            is_alive=lambda: (alive := core()) is not None and not engine_is_dead(alive),
+        )
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="deltamem-store")
+        self._running = threading.RLock()
         self._terminators: dict[str, tuple[int, ...]] = {}
-        self.close = weakref.finalize(self, _close, self.store, self._keeper, self._threads, folder)
+        self.close = weakref.finalize(
+            self, _close, os.getpid(), self.store, self._keeper, self._threads, folder
+        )
 
     @cached_property
     def fingerprints(self) -> Fingerprints:
@@ -94,17 +111,35 @@ class OfflineService:
         """The sessions of one call; what it leased is given back at its end.
 
         Raises:
-            MemoryRequestError: the engine is not idle.
+            MemoryRequestError: the engine is not idle, or was shut down.
         """
-        if self.llm.llm_engine.has_unfinished_requests():
-            raise MemoryRequestError(
-                "requests of `enqueue` are waiting: collect them with `wait_for_completion` first."
-            )
-        sessions = CallSessions(self.store, self._keeper, self._threads)
+        if not self.close.alive:
+            raise MemoryRequestError("this MemoryLLM is closed; make another.")
+        # One call at a time: vLLM's `LLM` mixes up the requests of two threads.
+        with self._running:
+            self.engine.tidy()
+            self._sweep()
+            if self.llm.llm_engine.has_unfinished_requests():
+                raise MemoryRequestError(
+                    "requests of `enqueue` are waiting: collect them with `wait_for_completion` "
+                    "first."
+                )
+            sessions = CallSessions(self.store, self._keeper, self._threads)
+            try:
+                yield sessions
+            finally:
+                sessions.close()
+
+    def _sweep(self) -> None:
+        """Remove what expired, now and then."""
+        now = time.monotonic()
+        if now < self._swept + self.settings.sweep_seconds:
+            return
+        self._swept = now
         try:
-            yield sessions
-        finally:
-            sessions.close()
+            self.store.sweep()
+        except StoreError as error:
+            logger.warning("delta-mem: expired sessions were not removed: %s", error)
 
     def terminator(self, name: str, render: Render) -> tuple[int, ...]:
         """What a template puts behind a reply; empty if it cannot be told.
@@ -114,6 +149,8 @@ class OfflineService:
             render: renders with it.
         """
         if name not in self._terminators:
+            if len(self._terminators) >= TEMPLATES_KNOWN:
+                self._terminators.clear()
             try:
                 self._terminators[name] = turn_terminator(render)
             # A template refuses conversations that it was not made for each in its own way.
@@ -139,13 +176,16 @@ def check_store(url: str, settings: ServerSettings) -> SessionStore:
 
 
 def _close(
+    process: int,
     store: SessionStore,
     keeper: LeaseKeeper,
     threads: ThreadPoolExecutor,
-    folder: "tempfile.TemporaryDirectory[str] | None",
+    folder: Path | None,
 ) -> None:
+    if os.getpid() != process:
+        return  # A child of a fork has neither the threads nor a right to the temporary store.
     threads.shutdown()
     keeper.close()
     store.close()
     if folder is not None:
-        folder.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)

@@ -74,7 +74,9 @@ class Turn:
         """Whether it makes a version of its session."""
         return self.memory is not None and self.memory.writes
 
-    def enter(self, prompt: Any, params: SamplingParams) -> tuple[Any, SamplingParams]:
+    def enter(
+        self, prompt: Any, params: SamplingParams, max_model_len: int
+    ) -> tuple[Any, SamplingParams]:
         """Prompt and parameters for the engine, with the memory.
 
         Raises:
@@ -83,7 +85,15 @@ class Turn:
         if self.start is None:
             return prompt, params
         if self.writes:
-            prompt = self.start.prompt(prompt)
+            rendered, prompt = prompt, self.start.prompt(prompt)
+            given, fed = (len(each["prompt_token_ids"]) for each in (rendered, prompt))
+            if given < max_model_len <= fed:
+                assert self.key is not None
+                raise MemoryRequestError(
+                    f"session {self.key.name!r}: the prompt has {given} tokens, and the session's "
+                    f"{fed - given} pending go before it: with one for the answer that is more "
+                    f"than max_model_len, {max_model_len}."
+                )
         self.entered = prompt
         return prompt, self.start.params(params)
 
@@ -141,5 +151,7 @@ class Turn:
             if not name.startswith("_") and name not in NOT_HASHED
         }
         asked = [self.prompt, params, self.memory.model_dump(exclude=set(UNASKED)), call]
-        encoded = msgspec.json.encode(asked, enc_hook=repr, order="deterministic")
+        # Of these keys some are numbers, such as those of `logit_bias`.
+        plain = msgspec.to_builtins(asked, str_keys=True, enc_hook=repr, order="deterministic")
+        encoded = msgspec.json.encode(plain, order="deterministic")
         return hashlib.blake2b(encoded, digest_size=16).digest()

@@ -7,7 +7,7 @@ from vllm import RequestOutput
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.boundaries import pending_after
-from deltamem_vllm.api.folding import fold
+from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_message
 from deltamem_vllm.api.replies import given_name
@@ -18,7 +18,7 @@ from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
 from deltamem_vllm.offline.ingest import Writing, write_all
-from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, chat_render
+from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, TOKENIZATION, chat_render
 from deltamem_vllm.offline.replies import keep, replay, with_report
 from deltamem_vllm.offline.service import OfflineService
 from deltamem_vllm.offline.turn import Turn
@@ -32,6 +32,9 @@ RunTurns = Callable[..., list[RequestOutput]]
 
 SHOWN_ONLY: Final = ("use_tqdm",)
 """Arguments of a call that do not change what is asked."""
+
+CONTINUES: Final = "continue_final_message"
+"""Argument of `LLM.chat`."""
 
 
 class Turns:
@@ -74,12 +77,9 @@ class Turns:
         """
         self._open(turns)
         left = [turn for turn in turns if turn.output is None]
-        try:
+        with self._service.engine.busy():
             for wave in waves([(turn.key, turn.writes) for turn in left]):
                 self._run_wave([left[index] for index in wave])
-        except BaseException:
-            self._service.engine.abandon()
-            raise
         # Not before: after an error the caller gets no output and may call again.
         self._sessions.commit()
         return [turn.output for turn in turns if turn.output is not None]
@@ -103,7 +103,13 @@ class Turns:
                 "Give it to MemoryLLM."
             )
         if any(memory.window is not None for _, memory in (*writes, *reads)):
-            self._check_folding()
+            arguments = self._arguments
+            truncated = (arguments.get(TOKENIZATION) or {}).get("truncate_prompt_tokens")
+            check_foldable(
+                add_generation_prompt=arguments.get("add_generation_prompt", True),
+                continue_final_message=arguments.get(CONTINUES, False),
+                truncate_prompt_tokens=truncated,
+            )
         named = _by_reply_name(turns)
         self._sessions.open(writes, self._service.settings.max_wait_seconds)
         written = {key for key, _ in writes}
@@ -118,18 +124,6 @@ class Turns:
             if reply is not None:
                 request_id = str(next(self._service.llm.request_counter))
                 turn.output = replay(reply, turn.request_hash, request_id)
-
-    def _check_folding(self) -> None:
-        arguments = self._arguments
-        if not arguments.get("add_generation_prompt", True) or arguments.get(
-            "continue_final_message"
-        ):
-            raise MemoryRequestError(
-                "memory.window needs a request for a new answer: leave add_generation_prompt and "
-                "continue_final_message at their defaults."
-            )
-        if (arguments.get("tokenization_kwargs") or {}).get("truncate_prompt_tokens"):
-            raise MemoryRequestError("memory.window and truncate_prompt_tokens exclude each other.")
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -181,7 +175,7 @@ class Turns:
         elif turn.writes and self._is_chat:
             written = () if turn.base is None else turn.base.content.message_chain
             whole = list(turn.prompt)
-            if self._arguments.get("continue_final_message") and whole:
+            if self._arguments.get(CONTINUES) and whole:
                 turn.partial = whole.pop()
                 hash_message(turn.partial, self._service.chain_key)  # refuses what cannot be kept
             turn.chain = (*written, *hash_chain(whole, self._service.chain_key))
@@ -193,8 +187,8 @@ class Turns:
             record = self._sessions.reading(key, memory.version)
             if record is None:
                 logger.warning_once(
-                    "delta-mem: session %r does not exist; read_only reads an empty memory",
-                    key.name,
+                    "delta-mem: a session that does not exist is read; read_only reads an empty "
+                    "memory then, and its output's memory says version 0"
                 )
             return () if record is None else (record,)
         version = self._sessions.version(key)

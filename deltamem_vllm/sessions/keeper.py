@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -26,12 +27,20 @@ class LeaseKeeper:
         owner: says who holds them, in logs and errors.
         seconds: how long a lease lasts without renewal, and so how long a session stays locked
             after its holder died.
+        is_alive: whether what leases are held for can still end; if not, they run out.
     """
 
-    def __init__(self, store: SessionStore, owner: str, seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        store: SessionStore,
+        owner: str,
+        seconds: float = 30.0,
+        is_alive: Callable[[], bool] = lambda: True,
+    ) -> None:
         self._store = store
         self._owner = owner
         self._seconds = seconds
+        self._is_alive = is_alive
         self._held: dict[SessionKey, Lease] = {}
         self._lock = threading.Lock()
         self._closing = threading.Event()
@@ -64,6 +73,8 @@ class LeaseKeeper:
 
     def _renew(self) -> None:
         while not self._closing.wait(self._seconds / 3):
+            if not self._is_alive():
+                continue
             with self._lock:
                 held = list(self._held.values())
             # At the same time: a slow store must not let the last ones run out.

@@ -16,6 +16,7 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.renderers.base import BaseRenderer
 from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
+from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
@@ -396,6 +397,12 @@ def test_an_engine_can_be_cleared_of_all_its_requests() -> None:
     assert "internal" in parameters(OutputProcessor.abort_requests)
     assert parameters(LLM._run_engine) == ("output_type", "use_tqdm")
     assert parameters(LLM._add_request) == ("prompt", "params", "lora_request", "priority")
+
+
+def test_an_engine_client_knows_that_its_engine_died() -> None:
+    assert fields(BackgroundResources) >= {"engine_dead"}
+    assert "self.resources = BackgroundResources(" in own_source(SyncMPClient)
+    assert "resources.engine_dead = True" in own_source(SyncMPClient)
 
 
 def test_chats_and_texts_can_be_rendered_of_any_length() -> None:

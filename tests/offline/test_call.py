@@ -16,6 +16,7 @@ from deltamem_vllm.errors import (
     QuotaError,
     SessionBusyError,
     SessionNotFoundError,
+    StoreUnavailableError,
 )
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
@@ -189,6 +190,23 @@ def test_a_session_that_cannot_be_written_does_not_keep_the_others(caller: Calle
     assert caller.store.get(key("b")).version == 1
 
 
+def test_a_store_that_does_not_answer_leaves_a_doubt(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = caller.call()
+    call.open(writing("a"), 0)
+    write(call, "a")
+
+    def silent(*_: Any, **__: Any) -> None:
+        raise StoreUnavailableError("the store does not answer.")
+
+    with monkeypatch.context() as patch, pytest.raises(StoreUnavailableError) as refusal:
+        patch.setattr(caller.store, "commit", silent)
+        call.commit()
+    call.close()
+    assert "'a' may be written or not" in str(refusal.value)
+
+
 def test_a_quota_gives_back_the_leases_that_were_taken(url: str) -> None:
     caller = Caller(url, StoreOptions(tenant_sessions=2))
     for name in "ab":
@@ -225,3 +243,52 @@ def test_readers_find_the_version_they_name(caller: Caller) -> None:
     with pytest.raises(SessionNotFoundError):
         call.load([(key("a"), 3)])
     call.close()
+
+
+@pytest.mark.parametrize("calls", [0, 1, 2, 5])
+def test_an_interrupted_call_keeps_no_lease(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Ctrl-C while leases are asked for, whose answers come later."""
+    names = [f"s{number}" for number in range(8)]
+    acquire, submit = caller.keeper.acquire, caller.threads.submit
+    left = iter([*[False] * calls, True])
+
+    def slowly(key: SessionKey) -> Any:
+        time.sleep(0.2)
+        return acquire(key)
+
+    def interrupted(*args: Any) -> Any:
+        if next(left, False):
+            raise KeyboardInterrupt
+        return submit(*args)
+
+    monkeypatch.setattr(caller.keeper, "acquire", slowly)
+    monkeypatch.setattr(caller.threads, "submit", interrupted)
+    call = caller.call()
+    with pytest.raises(KeyboardInterrupt):
+        call.open(writing(*names), 0)
+    call.close()
+    time.sleep(0.5)
+    assert_free(caller, *names)
+
+
+def test_a_session_that_was_written_in_part_is_named(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = caller.call()
+    call.open(writing("a"), 0)
+    write(call, "a")
+    write(call, "a")
+    commit, left = caller.store.commit, iter([False, True])
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        if next(left):
+            raise StoreUnavailableError("the store is gone.")
+        return commit(*args, **kwargs)
+
+    monkeypatch.setattr(caller.store, "commit", fail)
+    with pytest.raises(StoreUnavailableError, match=r"'a' \(1 of 2 turns written\) failed"):
+        call.commit()
+    call.close()
+    assert caller.store.get(key("a")).version == 1

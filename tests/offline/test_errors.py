@@ -1,5 +1,8 @@
 """After an error nothing is written, and nothing is left in the engine."""
 
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,3 +158,65 @@ def test_prompt_of_embeddings_is_refused_and_changes_no_session(llm: MemoryLLM) 
     with pytest.raises((ValueError, VLLMValidationError), match="embed"):
         run(llm, [[5, 6], embeddings], Memory(session="a"))
     assert len(llm.sessions) == 0
+
+
+def test_interrupted_cleaning_is_made_up_for(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever presses Ctrl-C twice must not read blocks that were never filled."""
+    write(llm, "a", random_tokens(1, 40))
+    llm.sessions.fork("a", "a again")
+    llm.reset_prefix_cache()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_a_forward(llm, patch)
+        fail_later(patch, llm.llm_engine, "abort_request", llm.llm_engine.abort_request, calls=0)
+        run(llm, SHARED, Memory(session="a"))
+    (output,) = run(llm, SHARED, Memory(session="a"))
+    assert output.num_cached_tokens == 0
+    llm.reset_prefix_cache()
+    run(llm, SHARED, Memory(session="a again"))
+    assert_same_session(llm.sessions["a again"], llm.sessions["a"])
+
+
+def test_threads_take_turns(llm: MemoryLLM) -> None:
+    """vLLM's `LLM` mixes up the requests of two threads."""
+    prompts = [[random_tokens(seed, 30)] * 2 for seed in range(4)]
+    names = [f"session {number}" for number in range(len(prompts))]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        together = list(
+            threads.map(lambda name, two: run(llm, two, Memory(session=name)), names, prompts)
+        )
+    for name, two, outputs in zip(names, prompts, together, strict=True):
+        alone = run(llm, two, Memory(session=f"{name} alone"))
+        assert [one.outputs[0].token_ids for one in outputs] == [
+            one.outputs[0].token_ids for one in alone
+        ]
+        assert_same_session(llm.sessions[name], llm.sessions[f"{name} alone"])
+
+
+def test_a_child_process_leaves_the_store_to_its_parent(llm: MemoryLLM) -> None:
+    write(llm, "a", [5, 6])
+    child = os.fork()
+    if child == 0:
+        try:
+            signal.alarm(20)
+            llm._service.close()
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert run(llm, [7], Memory(session="a"))[0].memory.version == 2
+
+
+@pytest.mark.parametrize("prompt", [b"w20", None, 5])
+def test_what_is_no_prompt_is_refused(llm: MemoryLLM, prompt: Any) -> None:
+    with pytest.raises(MemoryRequestError, match="prompt"):
+        run(llm, prompt, Memory(session="a"))
+    assert len(llm.sessions) == 0
+
+
+def test_a_prompt_that_the_pending_tokens_make_too_long_says_so(llm: MemoryLLM) -> None:
+    run(llm, [5, 6], Memory(session="a"))
+    before = contents(llm)
+    with pytest.raises(MemoryRequestError, match=r"'a'.*511 tokens.*1 pending"):
+        run(llm, [5] * 511, Memory(session="a"))
+    assert contents(llm) == before

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deltamem_vllm import Memory, MemoryLLM
@@ -128,6 +129,12 @@ def test_an_ingest_that_fails_writes_no_session(
         ("a", [5, 320], {}, "from 0 to 319"),
         ("a", [5], {"segment_tokens": 0}, "segment_tokens"),
         ("a", [5], {"ttl": float("inf")}, "ttl"),
+        ("a", "w20", {"jobid": "j"}, "jobid"),
+        ("a", "w20", {"memory": Memory(session="b")}, "memory"),
+        ("a", 5, {}, "messages, a text, or token ids, not int"),
+        ("a", None, {}, "messages, a text, or token ids, not NoneType"),
+        ("a", b"w20", {}, "messages, a text, or token ids, not bytes"),
+        (5, "w20", {}, "session"),
         ("a", [{"role": "bard", "content": "w20"}], {}, "role"),
         ("a", [{"role": "user", "content": [{"type": "image_url"}]}], {}, "image_url|text"),
     ],
@@ -175,3 +182,9 @@ def test_an_ingest_waits_for_its_session(llm: MemoryLLM, monkeypatch: pytest.Mon
         ingest(llm, ["a", "b"], [[5], [6]])
     store.release(lease)
     assert len(llm.sessions) == 0
+
+
+def test_token_ids_may_come_from_an_array(llm: MemoryLLM) -> None:
+    tokens = random_tokens(1, 20)
+    ingest(llm, ["list", "array"], [tokens, np.array(tokens)])
+    assert_same_session(llm.sessions["array"], llm.sessions["list"])

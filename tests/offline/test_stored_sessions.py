@@ -1,5 +1,6 @@
 """What a store gives to `MemoryLLM`: versions, names, time to live, forks, files."""
 
+import copy
 import math
 import threading
 import time
@@ -135,6 +136,34 @@ def test_an_output_that_was_too_large_to_keep_is_not_made_again(
     assert llm.sessions["a"].version == 1
 
 
+def test_a_named_turn_may_ask_for_anything_that_vllm_takes(llm: MemoryLLM) -> None:
+    params = greedy(logit_bias={5: 1.0, 7: -1.0}, stop_token_ids=[9, 8])
+    (first,) = run(llm, [5, 6], named("a"), params)
+    (again,) = run(llm, [5, 6], named("a"), params)
+    assert (first.memory.replayed, again.memory.replayed) == (False, True)
+    with pytest.raises(TurnMismatchError):
+        run(llm, [5, 6], named("a"), greedy(logit_bias={5: 2.0, 7: -1.0}, stop_token_ids=[9, 8]))
+
+
+def test_a_call_leaves_the_messages_that_it_was_given_as_they_are(llm: MemoryLLM) -> None:
+    """vLLM parses the arguments of tool calls in place, and a repeat would be another request."""
+    function = {"name": "w22", "arguments": '{"w23": 1}'}
+    messages = [
+        {"role": "user", "content": "w20"},
+        {
+            "role": "assistant",
+            "content": "w21",
+            "tool_calls": [{"id": "c", "type": "function", "function": function}],
+        },
+        {"role": "user", "content": "w24"},
+    ]
+    before = copy.deepcopy(messages)
+    for replayed in (False, True):
+        (output,) = llm.chat(messages, greedy(), memory=named("a"), use_tqdm=False)
+        assert output.memory.replayed == replayed
+        assert messages == before
+
+
 # Others at the same store
 
 
@@ -161,6 +190,18 @@ def test_a_time_to_live_is_kept_with_the_session(llm: MemoryLLM) -> None:
     assert "a" not in llm.sessions and len(llm.sessions) == 0
     (output,) = run(llm, [5, 6], Memory(session="a"))
     assert output.memory.version == 1
+
+
+def test_what_expired_is_removed_from_the_store(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = llm._service.settings.model_copy(update={"sweep_seconds": 0.1})
+    monkeypatch.setattr(llm._service, "settings", often)
+    run(llm, [[5, 6], [7, 8]], [Memory(session="a", ttl=0.5), Memory(session="b")])
+    sessions = llm._service.store.stats().sessions
+    time.sleep(0.7)
+    run(llm, [9], Memory(session="b"))
+    assert llm._service.store.stats().sessions == sessions - 1
 
 
 def test_a_template_of_its_own_cannot_write_a_session(llm: MemoryLLM) -> None:

@@ -60,6 +60,19 @@ def test_a_lease_that_was_given_back_is_not_renewed(store: SqliteStore) -> None:
     keeper.close()
 
 
+def test_leases_run_out_when_what_they_are_held_for_cannot_end(store: SqliteStore) -> None:
+    alive = True
+    keeper = LeaseKeeper(store, "one", LEASE_S, is_alive=lambda: alive)
+    lease = keeper.acquire(key())
+    time.sleep(1.5 * LEASE_S)
+    with pytest.raises(SessionBusyError):
+        store.acquire(key(), "two", seconds=60)
+    alive = False
+    time.sleep(1.5 * LEASE_S)
+    assert store.acquire(key(), "two", seconds=60).token > lease.token
+    keeper.close()
+
+
 def test_many_leases_in_a_slow_store_are_all_kept(tmp_path: Path) -> None:
     with SlowToRenew(f"sqlite://{tmp_path}/slow.db") as store:
         keeper = LeaseKeeper(store, "one", LEASE_S)
