@@ -288,7 +288,9 @@ def test_a_session_that_was_written_in_part_is_named(
         return commit(*args, **kwargs)
 
     monkeypatch.setattr(caller.store, "commit", fail)
-    with pytest.raises(StoreUnavailableError, match=r"'a' \(1 of 2 turns written\) may be written or not"):
+    with pytest.raises(
+        StoreUnavailableError, match=r"'a' \(1 of 2 turns written\) may be written or not"
+    ):
         call.commit()
     call.close()
     assert caller.store.get(key("a")).version == 1
