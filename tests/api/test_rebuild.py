@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,21 @@ def wait_for_the_first(
 ) -> str:
     """The prefix of the sessions' names, when three of them are written."""
     prefix: str = lines[0]["session"].rsplit("-", 1)[0] + "-"
-    deadline = time.monotonic() + 60
-    while finished(server, prefix, headers) < 3 and time.monotonic() < deadline:
+    deadline = time.monotonic() + 120
+    while finished(server, prefix, headers) < 3:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
     return prefix
+
+
+@contextmanager
+def held(store: SessionStore, like: str, name: str) -> Iterator[None]:
+    """Keeps a session from being written, so that a run cannot end."""
+    lease = store.acquire(record_of(store, like).key._replace(name=name), "a test", seconds=600)
+    try:
+        yield
+    finally:
+        store.release(lease)
 
 
 @pytest.mark.parametrize("flags", [[], ["--replace"]], ids=["plain", "replace"])
@@ -139,22 +151,25 @@ def wait_for_the_first(
 def test_an_interrupted_rebuild_goes_on_and_writes_nothing_twice(
     server: Server,
     store: SessionStore,
-    oracle: Oracle,
+    client: openai.OpenAI,
     many: tuple[list[Line], Path],
     tmp_path: Path,
     number: signal.Signals,
     flags: list[str],
 ) -> None:
     lines, path = many
-    process = subprocess.Popen(
-        [*command(path, server.url, "--concurrency", "3", *flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    prefix = wait_for_the_first(server, lines)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=30)
+    like = new_name("like")
+    ask(client, random_tokens(1, 5), {"session": like})
+    with held(store, like, lines[-1]["session"]):
+        process = subprocess.Popen(
+            [*command(path, server.url, "--concurrency", "3", *flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        prefix = wait_for_the_first(server, lines)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
     assert process.returncode == (130 if number == signal.SIGINT else -number), error
     if number == signal.SIGINT:
         assert "interrupted" in error and "Traceback" not in error
