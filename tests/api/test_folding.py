@@ -322,8 +322,8 @@ def test_fork_needs_a_version_that_fits(sent: str, versions: list[SessionRecord]
 @pytest.mark.parametrize(
     ("sent", "problem"),
     [
-        ([], "nothing to answer"),
-        (history("s1 d1"), "nothing to answer"),
+        ([], "not written"),
+        (history("s1 d1"), "not written"),
         ([*history("u1"), {"role": "critic", "content": "x"}], r"messages\[1\]: .*'critic'"),
         (["hello"], r"messages\[0\]: a message is an object"),
         ([*history("s1 u1"), {"role": "user", "content": 3}], r"messages\[2\]: .*not a int"),
