@@ -5,10 +5,10 @@ interruption of his own or of the server, goes on where it stopped, and writes n
 """
 
 import asyncio
-import contextlib
 import json
 import random
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import quote
@@ -44,6 +44,10 @@ class Outcome:
 
 class _RefusedError(Exception):
     """The server will not do it, however often it is asked."""
+
+
+class _ConflictError(_RefusedError):
+    """The session is at another version."""
 
 
 class _RetryError(Exception):
@@ -156,6 +160,8 @@ class Rebuild:
             if answer.status_code != 404:
                 _raise_for(answer.status_code, answer.content)
                 detail = _json(answer.content)
+                if "version" not in detail:
+                    raise _RefusedError("its name ends in that of a route, so it cannot be asked")
                 version = detail["version"]
                 if not self._replace:
                     reason = f"is there already, at version {version}"
@@ -166,19 +172,27 @@ class Rebuild:
                         f"the session holds {held} messages, the transcript only "
                         f"{transcript.num_written}: it was not replaced"
                     )
+            if version:
+                # Made by an earlier run? Its ingest is known by the version that it replaced.
+                with suppress(_ConflictError):
+                    return await self._ingest(client, url, transcript, version - 1)
             return await self._ingest(client, url, transcript, version)
         except httpx.HTTPError as error:
             reason = f"the server does not answer ({error or type(error).__name__})"
             raise _UnreachableError(reason) from None
 
     async def _ingest(
-        self, client: httpx.AsyncClient, url: str, transcript: Transcript, version: int
+        self,
+        client: httpx.AsyncClient,
+        url: str,
+        transcript: Transcript,
+        version: int,
     ) -> Outcome:
         # Always `replace`, so that a run with the option and one without name the same job. A
-        # session that came into being meanwhile has another version.
+        # session that came into being, or moved on, meanwhile has another version.
         body = {
             **transcript.model_dump(exclude={"session"}, exclude_none=True),
-            "job_id": transcript.job_id,
+            "job_id": transcript.job_id + (f"-{version}" if version else ""),
             "version": version,
             "replace": True,
             "stream": True,
@@ -214,6 +228,8 @@ def _raise_for(status: int, body: bytes) -> None:
     error = _json(body).get("error")
     kind = error.get("type") if isinstance(error, dict) else None
     reason = f"{status}: {_message(body) or 'no reason given'}"
+    if kind == "ConflictError":
+        raise _ConflictError(reason)
     if kind in ("SessionBusyError", "QueueFullError") or status in (408, 502, 503, 504):
         raise _RetryError(reason)
     raise _RefusedError(reason)
@@ -228,7 +244,7 @@ def _message(body: bytes) -> str:
 
 def _json(body: bytes) -> dict[str, Any]:
     """A JSON object; empty if it is none."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         content = json.loads(body)
         if isinstance(content, dict):
             return content

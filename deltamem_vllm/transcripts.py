@@ -117,6 +117,10 @@ def parse(line: bytes) -> Transcript:
         raise
     except DeltaMemError as error:
         raise TranscriptError(str(error)) from None
+    try:
+        json.dumps(content, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError as error:
+        raise TranscriptError(f"cannot be sent ({error})") from None
     return transcript
 
 

@@ -123,7 +123,7 @@ class Conversations:
         Raises:
             MemoryRequestError: see `ingested` in `folding.py`.
         """
-        chain = self.chain_of(messages, tenant)
+        chain = await asyncio.to_thread(self.chain_of, messages, tenant)
         bare = self._render(_without_tools(request)) if request.tools else None
         tokens = await asyncio.to_thread(ingested, messages, self._render(request), bare)
         return list(tokens), chain

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamem_vllm.adapter import resolve_base_dir
+from deltamem_vllm.engine.compat import get_adapter_absolute_path
 from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import ConflictError
 from deltamem_vllm.state.fingerprint import (
@@ -58,15 +59,17 @@ class Fingerprints:
         """
         if lora_request is None:
             return self._base
-        name, path = lora_request.lora_name, lora_request.lora_path
+        name, path = lora_request.lora_name, get_adapter_absolute_path(lora_request.lora_path)
         with self._lock:
             # Before reading: files that change meanwhile are read once more.
             stamp = _stamp(path)
+            loaded, was = self._loaded.get(name, (None, None))
+            if loaded is lora_request and was is not None and not stamp:
+                return was  # its files are gone, and it stays loaded
             known, parts = self._read.get(path, (None, None))
             if parts is None or known != stamp:
                 parts = self._base.with_lora(path)
                 self._read[path] = stamp, parts
-            loaded, was = self._loaded.get(name, (None, parts))
             # vLLM makes a new request object with each load.
             if loaded is lora_request and was != parts:
                 raise ConflictError(

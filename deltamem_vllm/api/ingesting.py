@@ -1,10 +1,10 @@
 """The ingest route: one version per text, however many segments it takes."""
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -34,10 +34,8 @@ class _Job:
     job_id: str
     raw: Request
     usage: Usage
-
-    @cached_property
-    def hash(self) -> bytes:
-        return asked_hash(self.body)
+    hash: bytes
+    """See `asked_hash`."""
 
     @property
     def reply_name(self) -> str:
@@ -89,9 +87,10 @@ class Ingests:
         if body.tools is not None and body.messages is None:
             raise MemoryRequestError("tools belong to messages. Leave them out.")
         scope = await self._service.scope(raw, model)
+        asked = await asyncio.to_thread(asked_hash, body)  # of many megabytes, maybe
         key = usage.key = scope.key(session)
         job_id = body.job_id or uuid.uuid4().hex
-        job = _Job(scope, key, body, job_id, raw, usage)
+        job = _Job(scope, key, body, job_id, raw, usage, asked)
         memory = Memory(session=session, on_busy=body.on_busy, max_wait=body.max_wait)
         turns = self._service.turns
         turn = usage.turn = await turns.open(key, memory, job.reply_name)

@@ -6,6 +6,7 @@ from typing import Any, Final
 from fastapi.responses import JSONResponse
 
 from deltamem_vllm.errors import (
+    BackboneError,
     BrokenOffError,
     ConflictError,
     DeltaMemError,
@@ -30,6 +31,7 @@ STATUS: Final[tuple[tuple[type[DeltaMemError], int], ...]] = (
     (UnauthorizedError, 401),
     (ModelNotFoundError, 404),
     (MemoryRequestError, 400),
+    (BackboneError, 400),
     (SessionNotFoundError, 404),
     (SessionExistsError, 409),
     (SessionBusyError, 409),

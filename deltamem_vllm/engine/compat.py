@@ -42,6 +42,7 @@ from vllm.entrypoints.serve.utils.orca_metrics import metrics_header
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from vllm.forward_context import get_forward_context
 from vllm.logprobs import Logprob
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 from vllm.model_executor.models.utils import extract_layer_index
@@ -259,6 +260,7 @@ __all__ = [
     "engine_of_this_process_is_taken",
     "extend_cache_salt",
     "extract_layer_index",
+    "get_adapter_absolute_path",
     "get_current_vllm_config",
     "get_dtype_size",
     "get_forward_context",

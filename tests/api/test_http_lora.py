@@ -204,6 +204,29 @@ def test_a_lora_loaded_again_from_changed_files_is_another(
     unload(server, name)
 
 
+def test_a_loaded_lora_outlives_its_files(
+    server: Server, client: openai.OpenAI, store: SessionStore, checkpoint: Path, loras: Path
+) -> None:
+    session = new_name("gone")
+    folder = make(checkpoint, loras / "gone-later")
+    load(server, "gone", folder)
+    turn(client, session, "gone")
+    shutil.rmtree(folder)
+    turn(client, session, "gone")
+    (info,) = of(store, session)
+    assert info.version == 2
+
+
+def test_a_lora_whose_files_were_never_seen_is_a_clear_error(
+    server: Server, client: openai.OpenAI, checkpoint: Path, loras: Path
+) -> None:
+    folder = make(checkpoint, loras / "never-seen")
+    load(server, "unseen", folder)
+    shutil.rmtree(folder)
+    with pytest.raises(openai.BadRequestError, match="never-seen"):
+        turn(client, new_name("unseen"), "unseen")
+
+
 def test_a_turn_that_waited_while_its_lora_changed_is_refused(
     server: Server, client: openai.OpenAI, store: SessionStore, checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -223,6 +223,13 @@ def test_replacing_keeps_the_old_version_and_spares_longer_sessions(
     assert "written 0" in again.stdout and "skipped 1" in again.stdout
     assert record_of(store, short).version == 2
 
+    # A text that was written before, and replaced since, is written once more.
+    newer = written(tmp_path / "newer.jsonl", [transcript(short, 5)])
+    for text, version in ((newer, 3), (path, 4), (path, 4)):
+        rebuild(text, server.url, "--replace")
+        assert record_of(store, short).version == version
+    assert record_of(store, short).content.message_chain == record.content.message_chain
+
 
 # What goes wrong
 
@@ -235,6 +242,8 @@ BAD = [
     '{"session": "x", "messages": [{"role": "user", "content": "w10"}], "more": 1}',
     '{"session": "x", "messages": [{"role": "user", "content": "w10"}], "ttl": -1}',
     "[]",
+    '{"session": "x", "messages": [{"role": "user", "content": "\\ud800"}]}',
+    '{"session": "x", "messages": [{"role": "user", "content": "w10"}], "tools": [{"x": NaN}]}',
 ]
 
 
@@ -256,6 +265,17 @@ def test_bad_lines_are_named_and_the_others_go_on(
     assert done.returncode == 1
     assert f"1 sessions, 4 messages, {len(numbers)} bad lines" in done.stdout
     assert record_of(store, name).version == 1
+
+
+def test_a_name_that_a_route_hides_fails_alone(
+    server: Server, client: openai.OpenAI, store: SessionStore, tmp_path: Path
+) -> None:
+    name, other = new_name("hiding"), new_name("seen")
+    ask(client, random_tokens(1, 5), {"session": name})
+    lines = [transcript(f"{name}/export", 1), transcript(other, 2)]
+    done = rebuild(written(tmp_path / "t.jsonl", lines), server.url)
+    assert done.returncode == 1 and "a route" in done.stdout
+    assert record_of(store, other).version == 1
 
 
 def test_dry_run_needs_no_server_and_no_bad_line(tmp_path: Path) -> None:

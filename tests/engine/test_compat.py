@@ -418,6 +418,11 @@ def test_chats_and_texts_can_be_rendered_of_any_length() -> None:
     assert "self.chat_template = " in inspect.getsource(LLM.__init__)
 
 
+def test_the_folder_of_a_lora_is_found_as_vllm_does() -> None:
+    assert parameters(compat.get_adapter_absolute_path) == ("lora_path",)
+    assert compat.get_adapter_absolute_path("/some/lora") == "/some/lora"
+
+
 def test_vllm_looks_for_a_lora_as_we_do_before_it() -> None:
     """Its own check of a request's model finds the one that `lora_behind` did."""
     assert inspect.iscoroutinefunction(OpenAIServingModels.resolve_lora)
