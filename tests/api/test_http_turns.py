@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from deltamem_vllm.sessions import SessionStore
+from deltamem_vllm.errors import SessionBusyError
+from deltamem_vllm.sessions import Lease, SessionKey, SessionStore
 from tests.api.losing_proxy import LosingProxy
 from tests.api.server import MODEL, Server
 from tests.api.sessions_http import Ledger, Reply, ask, new_name, record_of
@@ -186,21 +187,39 @@ def running_turn(client: openai.OpenAI, session: str) -> Iterator[None]:
         yield
 
 
+def acquire_soon(store: SessionStore, key: SessionKey) -> Lease:
+    """Take a session that is about to be given back."""
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return store.acquire(key, "a test", seconds=60)
+        except SessionBusyError:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 def test_busy_session_is_refused_or_read_as_asked(
     client: openai.OpenAI, store: SessionStore
 ) -> None:
     session = new_name()
     ask(client, COMPLETION, {"session": session})
     before = record_of(store, session)
-    with running_turn(client, session):
-        for busy in ({"on_busy": "conflict"}, {"max_wait": 0}):
-            with pytest.raises(openai.ConflictError, match="another turn runs"):
-                ask(client, COMPLETION, {"session": session, **busy})
-        reply = ask(client, COMPLETION, {"session": session, "mode": "read_only"}, max_tokens=1)
-        assert reply.memory is not None
-        assert (reply.memory["mode"], reply.memory["version"]) == ("read_only", 1)
-        (info,) = store.list_sessions("public", prefix=session).sessions
-        assert info.leased
+    with (
+        running_turn(client, session),
+        pytest.raises(openai.ConflictError, match="another turn runs"),
+    ):
+        ask(client, COMPLETION, {"session": session, "on_busy": "conflict"})
+    # Of another process, which ends when it is told to.
+    lease = acquire_soon(store, before.key)
+    for busy in ({"on_busy": "conflict"}, {"max_wait": 0}):
+        with pytest.raises(openai.ConflictError, match="another turn runs"):
+            ask(client, COMPLETION, {"session": session, **busy})
+    reply = ask(client, COMPLETION, {"session": session, "mode": "read_only"}, max_tokens=1)
+    assert reply.memory is not None
+    assert (reply.memory["mode"], reply.memory["version"]) == ("read_only", 1)
+    (info,) = store.list_sessions("public", prefix=session).sessions
+    assert info.leased
+    store.release(lease)
     assert record_of(store, session) == before
 
 
