@@ -5,6 +5,7 @@ import json
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -21,7 +22,7 @@ from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
 from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError
 from deltamem_vllm.memory import Memory
-from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
+from deltamem_vllm.sessions import IngestJob, SessionKey, Turn
 
 
 @dataclass(frozen=True)
@@ -40,25 +41,6 @@ class _Job:
     @property
     def reply_name(self) -> str:
         return reply_name(self.job_id)
-
-    def report(
-        self,
-        content: SessionContent | None,
-        *,
-        version: int,
-        tokens: int,
-        position: int,
-        done: bool = False,
-    ) -> IngestReport:
-        return ingest_report(
-            self.key.name,
-            self.job_id,
-            content,
-            version=version,
-            tokens=tokens,
-            position=position,
-            done=done,
-        )
 
 
 class Ingests:
@@ -114,8 +96,7 @@ class Ingests:
             check_same(job.job_id, job.hash, kept.request_hash)
             metrics.REPLAYS.inc()
             job.usage.outcome, job.usage.version = "replayed", kept.version
-            report = json.loads(kept.reply)
-            yield IngestReport(**{**report, "replayed": True})
+            yield IngestReport(**{**json.loads(kept.reply), "replayed": True})
             return
         version = turn.lease.version
         if job.body.version not in (None, version):
@@ -129,6 +110,7 @@ class Ingests:
         tokens, chain = await self._source(job, model)
         if not tokens:
             raise MemoryRequestError("there is no token in it to write.")
+        report = partial(ingest_report, job.key.name, job.job_id, tokens=len(tokens))
         job.usage.ingested_tokens = len(tokens)
         job.usage.tokens_before = 0 if content is None else content.tokens_written
         position = 0
@@ -137,7 +119,7 @@ class Ingests:
             check_same(job.job_id, job.hash, found.request_hash)
             if found.base_version == version:
                 content, position = found.content, found.position
-        yield job.report(content, version=version, tokens=len(tokens), position=position)
+        yield report(content, version=version, position=position)
         writing = self._service.ingester.write(
             content,
             tokens[position:],
@@ -154,20 +136,18 @@ class Ingests:
                     turn.lease,
                     IngestJob(job.job_id, job.hash, version, content, position),
                 )
-                yield job.report(content, version=version, tokens=len(tokens), position=position)
+                yield report(content, version=version, position=position)
         assert content is not None
-        report = job.report(
-            content, version=version + 1, tokens=len(tokens), position=position, done=True
-        )
+        done = report(content, version=version + 1, position=position, done=True)
         await turns.commit(
             turn,
             replace(content, message_chain=(*content.message_chain, *chain)),
             parent_version=0 if job.body.replace else None,
             ttl=job.body.ttl,
-            reply=Turn(job.reply_name, job.hash, report.model_dump_json().encode()),
+            reply=Turn(job.reply_name, job.hash, done.model_dump_json().encode()),
             job_id=job.job_id,
         )
-        yield report
+        yield done
 
     async def _source(self, job: _Job, model: str | None) -> tuple[list[int], tuple[bytes, ...]]:
         """What is to be written, and the hashes of its messages."""

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from numbers import Integral
 from typing import Any
 
@@ -95,6 +96,11 @@ class Job:
     chain: tuple[bytes, ...] = ()
     report: IngestReport | None = None
 
+    @cached_property
+    def hash(self) -> bytes:
+        """See `asked_hash`; of all of its text, and asked for after each segment."""
+        return asked_hash(self.body)
+
     @property
     def name(self) -> str:
         """Its id; empty if it was given none."""
@@ -167,7 +173,7 @@ class Ingests:
         kept = self._sessions.find_replies([(job.key, reply_name(job.name)) for job in jobs])
         for job, reply in zip(jobs, kept, strict=True):
             if reply is not None:
-                check_same(job.name, asked_hash(job.body), reply.request_hash)
+                check_same(job.name, job.hash, reply.request_hash)
                 job.report = IngestReport(**{**json.loads(reply.reply), "replayed": True})
 
     def _prepare(self, job: Job) -> None:
@@ -197,7 +203,7 @@ class Ingests:
         for job, kept in zip(jobs, found, strict=True):
             if kept is None:
                 continue
-            check_same(job.name, asked_hash(job.body), kept.request_hash)
+            check_same(job.name, job.hash, kept.request_hash)
             if kept.base_version == self._sessions.version(job.key):
                 assert job.writing is not None
                 job.writing.content, job.writing.position = kept.content, kept.position
@@ -221,7 +227,7 @@ class Ingests:
         assert job.writing is not None and job.writing.content is not None
         return IngestJob(
             job.name,
-            asked_hash(job.body),
+            job.hash,
             self._sessions.version(job.key),
             job.writing.content,
             job.writing.position,
@@ -243,7 +249,7 @@ class Ingests:
         turn = None
         if job.name:
             kept = job.report.model_dump_json().encode()
-            turn = Turn(reply_name(job.name), asked_hash(job.body), kept)
+            turn = Turn(reply_name(job.name), job.hash, kept)
         self._sessions.write(
             job.key,
             replace(content, message_chain=(*content.message_chain, *job.chain)),

@@ -83,7 +83,8 @@ class Turn:
             MemoryRequestError: the prompt cannot be written.
         """
         if self.start is None:
-            return prompt, params
+            # vLLM changes what it gets, and a caller may give the same to a named turn.
+            return prompt, params.clone()
         if self.writes:
             rendered, prompt = prompt, self.start.prompt(prompt)
             given, fed = (len(each["prompt_token_ids"]) for each in (rendered, prompt))
