@@ -81,7 +81,9 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
             partial(call_all_workers, engine_client, "take_correction_norms"),
             probed_head(adapter.config),
         )
-    door = EngineDoor(engine_client, collector, max_model_len)
+    models = state.openai_serving_models
+    await asyncio.to_thread(fingerprints.watch, engine_client, list(models.lora_requests.values()))
+    door = EngineDoor(engine_client, collector, max_model_len, models.lora_requests)
     renderer = ChatRenderer(state.online_renderer)
     return MemoryService(
         settings=settings,
@@ -101,7 +103,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         shape=shape,
         fingerprints=fingerprints,
         corrections=corrections,
-        models=state.openai_serving_models,
+        models=models,
     )
 
 

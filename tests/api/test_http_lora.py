@@ -217,14 +217,24 @@ def test_a_loaded_lora_outlives_its_files(
     assert info.version == 2
 
 
-def test_a_lora_whose_files_were_never_seen_is_a_clear_error(
-    server: Server, client: openai.OpenAI, checkpoint: Path, loras: Path
+def test_a_lora_is_known_from_its_loading_on(
+    server: Server, client: openai.OpenAI, store: SessionStore, checkpoint: Path, tmp_path: Path
 ) -> None:
-    folder = make(checkpoint, loras / "never-seen")
-    load(server, "unseen", folder)
-    shutil.rmtree(folder)
-    with pytest.raises(openai.BadRequestError, match="never-seen"):
-        turn(client, new_name("unseen"), "unseen")
+    session = new_name("from-loading")
+    for name in ("gone-at-once", "changed-at-once"):
+        load(server, name, make(checkpoint, tmp_path / name))
+    shutil.rmtree(tmp_path / "gone-at-once")
+    turn(client, session, "gone-at-once")
+    (info,) = of(store, session)
+    assert info.version == 1
+
+    # Its first turn would otherwise be kept under the new files' key, but written by the old ones.
+    overwrite(tmp_path / "changed-at-once", -2)
+    with pytest.raises(openai.ConflictError, match="changed after it was loaded"):
+        turn(client, session, "changed-at-once")
+    assert of(store, session) == [info]
+    for name in ("gone-at-once", "changed-at-once"):
+        unload(server, name)
 
 
 def test_a_turn_that_waited_while_its_lora_changed_is_refused(
@@ -248,4 +258,32 @@ def test_a_turn_that_waited_while_its_lora_changed_is_refused(
     assert refused.status_code == 409, refused.text
     assert json.loads(refused.text)["error"]["type"] == "ConflictError"
     assert of(store, session)[0].version == 1
+    unload(server, name)
+
+
+@pytest.mark.parametrize("what", ["turn", "ingest"])
+def test_what_runs_while_its_lora_changes_is_not_written(
+    server: Server, store: SessionStore, checkpoint: Path, tmp_path: Path, what: str
+) -> None:
+    session, name = new_name("running"), f"running-{what}"
+    lora = make(checkpoint, tmp_path / "lora")
+    load(server, name, lora)
+    if what == "turn":
+        url = f"{server.url}/v1/completions"
+        body: dict[str, Any] = {"model": name, "prompt": PROMPT, "memory": {"session": session}}
+        body |= {"max_tokens": None, "ignore_eos": True, "stream": True}
+    else:
+        url = f"{server.url}/v1/memory/sessions/{session}/ingest?model={name}"
+        body = {"token_ids": random_tokens(2, 4000), "segment_tokens": 64, "stream": True}
+    events = []
+    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+        assert answer.status_code == 200
+        for line in answer.iter_lines():
+            events += [line] if line else []
+            if len(events) == 2:
+                overwrite(lora, -2)
+                load(server, name, lora, load_inplace=True)
+    assert "loaded again" in events[-2], events[-2:]
+    assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == 409
+    assert of(store, session) == []
     unload(server, name)

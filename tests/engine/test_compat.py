@@ -16,6 +16,7 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.renderers.base import BaseRenderer
 from vllm.triton_utils import dispatcher
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
+from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
@@ -435,3 +436,9 @@ def test_vllm_looks_for_a_lora_as_we_do_before_it() -> None:
         assert name in check
     assert "is_base_model" in inspect.getsource(BaseServing._is_model_supported)
     assert "VLLM_SKIP_MODEL_NAME_VALIDATION" in inspect.getsource(BaseServing._is_model_supported)
+
+
+def test_every_lora_enters_the_engine_through_one_method() -> None:
+    assert parameters(AsyncLLM.add_lora) == ("lora_request",)
+    for loads in (OpenAIServingModels.load_lora_adapter, OpenAIServingModels.resolve_lora):
+        assert "await self.engine_client.add_lora(lora_request)" in inspect.getsource(loads)
