@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-from deltamem_vllm.errors import ConflictError, DeltaMemError
+from deltamem_vllm.errors import ConflictError
 from deltamem_vllm.sessions.records import Lease, SessionKey
 from deltamem_vllm.sessions.store import SessionStore
 
@@ -54,12 +54,18 @@ class LeaseKeeper:
             self._held[key] = lease
         return lease
 
-    def forget(self, lease: Lease) -> None:
-        """Stop renewing a lease that was given back with a commit."""
+    def forget(self, lease: Lease) -> bool:
+        """Stop renewing a lease that was given back with a commit.
+
+        Returns:
+            Whether it was still renewed.
+        """
         with self._lock:
             held = self._held.get(lease.key)
-            if held is not None and held.token == lease.token:
-                del self._held[lease.key]
+            if held is None or held.token != lease.token:
+                return False
+            del self._held[lease.key]
+            return True
 
     def release(self, lease: Lease) -> None:
         """Give a lease back."""
@@ -85,8 +91,8 @@ class LeaseKeeper:
         try:
             self._store.renew(lease, seconds=self._seconds)
         except ConflictError as error:
-            logger.warning("delta-mem: %s", error)
-            self.forget(lease)
-        except DeltaMemError as error:
-            # The store may be back before the lease runs out.
+            if self.forget(lease):  # else a commit gave it back while it was being renewed
+                logger.warning("delta-mem: %s", error)
+        except Exception as error:
+            # The store may be back before the lease runs out, and the other leases need the thread.
             logger.warning("delta-mem: a lease was not renewed: %s", error)

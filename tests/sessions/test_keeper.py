@@ -19,6 +19,29 @@ def key(number: int = 0) -> SessionKey:
     return SessionKey("public", "f" * 64, f"s{number}")
 
 
+class FailsOnce(SqliteStore):
+    """A store with a fault that is no error of ours."""
+
+    failures = 0
+
+    def renew(self, lease: Lease, *, seconds: float) -> Lease:
+        if not self.failures:
+            self.failures += 1
+            raise RuntimeError("not expected")
+        return super().renew(lease, seconds=seconds)
+
+
+class EndsWhileRenewing(SqliteStore):
+    """A store in which a lease is given back by a commit while its renewal is on the way."""
+
+    keeper: LeaseKeeper
+
+    def renew(self, lease: Lease, *, seconds: float) -> Lease:
+        self.commit(lease, CONTENT, release=True)
+        self.keeper.forget(lease)
+        return super().renew(lease, seconds=seconds)
+
+
 class SlowToRenew(SqliteStore):
     """A store that takes its time; one renewal after another would let leases run out."""
 
@@ -83,3 +106,30 @@ def test_many_leases_in_a_slow_store_are_all_kept(tmp_path: Path) -> None:
                 store.acquire(key(number), "two", seconds=60)
             assert store.commit(lease, CONTENT).version == 1
         keeper.close()
+
+
+def test_a_fault_of_the_store_does_not_end_the_renewing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FailsOnce(f"sqlite://{tmp_path}/faulty.db") as store:
+        keeper = LeaseKeeper(store, "one", LEASE_S)
+        lease = keeper.acquire(key())
+        time.sleep(2 * LEASE_S)
+        with pytest.raises(SessionBusyError):
+            store.acquire(key(), "two", seconds=60)
+        assert store.commit(lease, CONTENT).version == 1
+        keeper.close()
+    assert store.failures == 1
+    assert "was not renewed: not expected" in caplog.text
+
+
+def test_a_lease_that_ends_while_it_is_renewed_is_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with EndsWhileRenewing(f"sqlite://{tmp_path}/ends.db") as store:
+        store.keeper = keeper = LeaseKeeper(store, "one", LEASE_S)
+        keeper.acquire(key())
+        time.sleep(LEASE_S)
+        keeper.close()
+        assert store.get(key()).version == 1
+    assert caplog.text == ""
