@@ -166,7 +166,15 @@ class Ingests:
             request = MemoryChatRequest.model_validate(asked)
         except ValidationError as error:
             raise MemoryRequestError(f"messages are not valid: {error}") from None
-        return await self._service.conversations.ingested(request, body.messages, job.key.tenant)
+        conversations = self._service.conversations
+        try:
+            return await conversations.ingested(request, body.messages, job.key.tenant)
+        except DeltaMemError:
+            raise
+        # A template refuses conversations that it was not made for each in its own way. A stream
+        # has begun by now, and must say so itself.
+        except Exception as error:
+            raise MemoryRequestError(f"messages cannot be rendered: {error}") from error
 
 
 async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:
