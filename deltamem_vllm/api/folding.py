@@ -15,6 +15,7 @@ from deltamem_vllm.api.messages import (
     Message,
     hash_message,
     role_of,
+    said_by,
     texts_of,
 )
 from deltamem_vllm.errors import ConflictError, MemoryRequestError
@@ -102,6 +103,7 @@ def fold(
     key: bytes,
     render: Render,
     bare: Render | None,
+    count_text: Callable[[str], int],
     *,
     writes: bool,
 ) -> Fold:
@@ -113,6 +115,7 @@ def fold(
         memory: has a window.
         key: see `hash_message`.
         render, bare: the model's chat template, see `split_boundary`.
+        count_text: tokens of a text by itself.
         writes: see `plan_fold`.
 
     Raises:
@@ -125,7 +128,8 @@ def fold(
         memory.window,
         memory.on_divergence,
         key,
-        lambda some: len(render(some, add_generation_prompt=False)),
+        # Not as rendered: a template that wants roles to alternate refuses messages by themselves.
+        lambda some: sum(count_text(text) for text in map(said_by, some) if text),
         writes=writes,
     )
     shown = (*plan.standing, *plan.reread, *plan.fresh)
@@ -202,7 +206,7 @@ def plan_fold(
             stands without its question, and no tool's result without its call.
         on_divergence: what to do with a history that is not the one written; None refuses it.
         key: see `hash_message`.
-        count_tokens: tokens that messages take in a prompt. Called with one message at a time, the
+        count_tokens: tokens of what messages say. Called with one message at a time, the
             newest first, until a window of tokens is full.
         writes: False for a turn that only reads. Then everything unwritten is shown: there is no
             other way for the model to know it.

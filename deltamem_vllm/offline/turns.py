@@ -18,7 +18,7 @@ from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
 from deltamem_vllm.offline.ingest import Writing, write_all
-from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, TOKENIZATION, chat_render
+from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, TOKENIZATION, chat_render, text_tokens
 from deltamem_vllm.offline.replies import keep, replay, with_report
 from deltamem_vllm.offline.service import OfflineService
 from deltamem_vllm.offline.turn import Turn
@@ -166,6 +166,7 @@ class Turns:
                 self._service.chain_key,
                 self._render,
                 self._render_bare if self._arguments.get("tools") else None,
+                lambda text: len(text_tokens(self._service.llm, text)),
                 writes=turn.writes,
             )
             turn.base = folded.base

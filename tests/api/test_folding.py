@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.api.folding import FoldPlan, OnDivergence, plan_fold
-from deltamem_vllm.api.messages import Message
+from deltamem_vllm.api.folding import fold as fold_history
+from deltamem_vllm.api.messages import Message, said_by
 from deltamem_vllm.errors import ConflictError, MemoryRequestError
-from deltamem_vllm.memory import Window
+from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
 from tests.api.histories import KEY, chain, history, names, record
+from tests.api.templates import MERGED, TOKENIZER, Renderer
 
 
 def one_token_per_letter(messages: Sequence[Message]) -> int:
@@ -343,3 +345,25 @@ def test_another_tenants_hashes_are_another_history() -> None:
         plan_fold(
             history("u1 a1 u2"), TURNS[4:], Window(messages=1), None, b"k", one_token_per_letter
         )
+
+
+def test_a_window_of_tokens_asks_no_template_for_a_message_alone() -> None:
+    """One that wants roles to alternate would refuse it."""
+    render = Renderer(MERGED)
+
+    def count(text: str) -> int:
+        return len(TOKENIZER.encode(text))
+
+    memory = Memory(session="ann", window=Window(tokens=4))
+    sent = history("u1 a1 u2 a2 u3")
+    folded = fold_history(sent, TURNS[3:], memory, KEY, render, None, count, writes=True)
+    assert names(folded.shown) == "u2 a2 u3"
+
+
+def test_what_a_message_says_is_its_text_and_its_calls() -> None:
+    function = {"name": "look", "arguments": '{"at": 1}'}
+    calls = [{"type": "function", "function": function}, {"function": {"arguments": {"at": 2}}}]
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    said = {"role": "assistant", "content": content, "tool_calls": calls}
+    assert said_by(said).split() == 'a b look {"at": 1} {"at": 2}'.split()
+    assert said_by({"role": "assistant", "content": None, "function_call": None}) == ""
