@@ -221,7 +221,6 @@ class Conversations:
 
         return render
 
-
     def _text_counter(self) -> Callable[[str], int]:
         """A function that counts a text's tokens, to be called from threads."""
         loop = asyncio.get_running_loop()

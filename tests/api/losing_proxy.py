@@ -73,9 +73,7 @@ class LosingProxy:
                 client.shutdown(socket.SHUT_WR)
 
 
-def _pump(
-    source: socket.socket, target: socket.socket, on_data: Callable[[bytes], object]
-) -> None:
+def _pump(source: socket.socket, target: socket.socket, on_data: Callable[[bytes], object]) -> None:
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
             on_data(data)
