@@ -55,7 +55,7 @@ class _RetryError(Exception):
 
 
 class _UnreachableError(_RetryError):
-    """The server does not answer."""
+    """No server is there."""
 
 
 class Rebuild:
@@ -179,7 +179,9 @@ class Rebuild:
             return await self._ingest(client, url, transcript, version)
         except httpx.HTTPError as error:
             reason = f"the server does not answer ({error or type(error).__name__})"
-            raise _UnreachableError(reason) from None
+            # An answer that breaks off may be this session's own trouble.
+            is_away = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            raise (_UnreachableError if is_away else _RetryError)(reason) from None
 
     async def _ingest(
         self,
@@ -214,7 +216,7 @@ class Rebuild:
                     self._on_tokens(last["position"] - position)
                     position = last["position"]
         if not last.get("done"):
-            raise _UnreachableError("the server broke the answer off")
+            raise _RetryError("the server broke the answer off")
         if last["replayed"]:
             return Outcome(transcript.session, "skipped", "was written by an earlier run")
         reason = f"went on at token {first:,}" if first else ""

@@ -21,7 +21,9 @@ SPECIAL_WORDS = ("<pad>", "<eos>", "<unk>", "system", "user", "assistant")
 
 CHAT_TEMPLATE = (
     "{% for tool in tools or [] %}system {{ tool.function.name }} {% endfor %}"
-    "{% for message in messages %}{{ message['role'] }} {{ message['content'] }} {% endfor %}"
+    "{% for message in messages %}"
+    "{% if message['content'] == 'unspeakable' %}{{ raise_exception('unspeakable!') }}{% endif %}"
+    "{{ message['role'] }} {{ message['content'] }} {% endfor %}"
     "{% if add_generation_prompt %}assistant{% endif %}"
 )
 

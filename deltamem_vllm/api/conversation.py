@@ -7,7 +7,7 @@ Completions and chats without a window take the prompt as it is. With a window t
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -180,6 +180,7 @@ class Conversations:
             tenant_key(self._secret, key.tenant),
             self._render(request),
             self._render(_without_tools(request)) if request.tools else None,
+            self._text_counter(),
             writes=writes,
         )
         return Plan(
@@ -219,6 +220,16 @@ class Conversations:
             return asyncio.run_coroutine_threadsafe(rendering, loop).result()
 
         return render
+
+    def _text_counter(self) -> Callable[[str], int]:
+        """A function that counts a text's tokens, to be called from threads."""
+        loop = asyncio.get_running_loop()
+
+        def count(text: str) -> int:
+            tokens = self._renderer.text_tokens(text)
+            return len(asyncio.run_coroutine_threadsafe(tokens, loop).result())
+
+        return count
 
 
 def _without_tools(request: MemoryChatRequest) -> MemoryChatRequest:

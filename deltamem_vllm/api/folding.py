@@ -5,23 +5,22 @@ sorts its messages; see `docs/folding.md`. `fold` also makes tokens of them, wit
 template. Nothing is loaded or written here.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from deltamem_vllm.api.boundaries import Render, common_prefix, split_boundary
+from deltamem_vllm.api.boundaries import Render, split_boundary
+from deltamem_vllm.api.lineage import Lineage, OnDivergence
 from deltamem_vllm.api.messages import (
     STANDING_ROLES,
     Message,
     hash_message,
     role_of,
+    said_by,
     texts_of,
 )
-from deltamem_vllm.errors import ConflictError, MemoryRequestError
+from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
-
-OnDivergence = Literal["reset", "fork"] | None
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ def fold(
     key: bytes,
     render: Render,
     bare: Render | None,
+    count_text: Callable[[str], int],
     *,
     writes: bool,
 ) -> Fold:
@@ -113,6 +113,7 @@ def fold(
         memory: has a window.
         key: see `hash_message`.
         render, bare: the model's chat template, see `split_boundary`.
+        count_text: tokens of a text by itself.
         writes: see `plan_fold`.
 
     Raises:
@@ -125,7 +126,8 @@ def fold(
         memory.window,
         memory.on_divergence,
         key,
-        lambda some: len(render(some, add_generation_prompt=False)),
+        # Not as rendered: a template that wants roles to alternate refuses messages by themselves.
+        lambda some: sum(count_text(text) for text in map(said_by, some) if text),
         writes=writes,
     )
     shown = (*plan.standing, *plan.reread, *plan.fresh)
@@ -202,7 +204,7 @@ def plan_fold(
             stands without its question, and no tool's result without its call.
         on_divergence: what to do with a history that is not the one written; None refuses it.
         key: see `hash_message`.
-        count_tokens: tokens that messages take in a prompt. Called with one message at a time, the
+        count_tokens: tokens of what messages say. Called with one message at a time, the
             newest first, until a window of tokens is full.
         writes: False for a turn that only reads. Then everything unwritten is shown: there is no
             other way for the model to know it.
@@ -215,7 +217,7 @@ def plan_fold(
     standing, chain = _parted(messages)
     hashes = tuple(_hashed(index, message, key) for index, message in chain)
     history = tuple(message for _, message in chain)
-    version, written = _Lineage(versions).base(hashes, history[-1], on_divergence)
+    version, written = Lineage(versions).base(hashes, history[-1], on_divergence)
     start = _window_start(history, window, count_tokens)
     if not writes:
         start = min(start, written)
@@ -283,93 +285,3 @@ def _question_before(history: Sequence[Message], start: int) -> int:
     while start and role_of(history[start]) != "user":
         start -= 1
     return start
-
-
-class _Lineage:
-    """The versions kept of a session, and how they grew out of each other."""
-
-    def __init__(self, versions: Sequence[SessionRecord]) -> None:
-        self._newest_first = tuple(versions)
-        by_version = {record.version: record for record in versions}
-        version = versions[0].version if versions else 0
-        self._ancestors: list[SessionRecord] = []
-        while version in by_version:
-            self._ancestors.append(by_version.pop(version))
-            version = self._ancestors[-1].parent_version
-        self._others = tuple(by_version.values())
-        root = self._ancestors[-1] if self._ancestors else None
-        inherited = root is not None and root.version == 1 and root.forked_from is not None
-        self._began_empty = version == 0 and not inherited
-        """Whether the empty memory is known to lie before all that the session holds."""
-
-    def base(
-        self, hashes: Sequence[bytes], newest: Message, on_divergence: OnDivergence
-    ) -> tuple[int, int]:
-        """The version to grow out of, and how many messages of the history it holds."""
-        current = self._newest_first[0] if self._newest_first else None
-        chain = () if current is None else current.content.message_chain
-        common = common_prefix(hashes, chain)
-        if common == len(chain):
-            return (0 if current is None else current.version), common
-        if _goes_back(hashes, common, newest):
-            # The longest chain has the least to be written again; of equal ones, the nearest
-            # ancestor's holds what else was written since.
-            fitting = list(_fitting((*self._ancestors, *self._others), hashes))
-            if fitting:
-                return _as_base(max(fitting, key=_length))
-            if self._began_empty:
-                return 0, 0
-        if on_divergence == "reset":
-            return 0, 0
-        if on_divergence == "fork":
-            for record in _fitting(self._newest_first, hashes):
-                return _as_base(record)
-            if self._began_empty:
-                return 0, 0
-        raise ConflictError(self._problem(hashes, common, newest, on_divergence))
-
-    def _problem(
-        self, hashes: Sequence[bytes], common: int, newest: Message, on_divergence: OnDivergence
-    ) -> str:
-        newest_version, oldest_version = self._newest_first[0], self._newest_first[-1]
-        name = newest_version.key.name
-        if on_divergence == "fork" or _goes_back(hashes, common, newest):
-            return (
-                f"session {name!r}: the history shares its first {common} messages with what was "
-                f"written, and none of the versions kept ({oldest_version.version} to "
-                f"{newest_version.version}) holds these or fewer of them alone. Set on_divergence "
-                'to "reset" to write the history into an empty memory, or keep more versions.'
-            )
-        return (
-            f"session {name!r} was written with another history: of the "
-            f"{len(newest_version.content.message_chain)} messages written, the one sent repeats "
-            f"the first {common} and then differs. Send the history as it was, or set "
-            'on_divergence to "fork" to go on from the newest version that fits it, or to "reset" '
-            "to begin with an empty memory."
-        )
-
-
-def _goes_back(hashes: Sequence[bytes], common: int, newest: Message) -> bool:
-    """Whether a history asks again what was asked before, or asks something else instead.
-
-    A history that has nothing in common with the chain is no such edit: it may as well be another
-    conversation, whose client does not mean to lose the memory.
-    """
-    if len(hashes) == common:
-        return True
-    return common > 0 and len(hashes) == common + 1 and role_of(newest) != "assistant"
-
-
-def _fitting(records: Sequence[SessionRecord], hashes: Sequence[bytes]) -> Iterator[SessionRecord]:
-    """Versions that hold nothing but the history's first messages."""
-    for record in records:
-        if common_prefix(hashes, record.content.message_chain) == _length(record):
-            yield record
-
-
-def _length(record: SessionRecord) -> int:
-    return len(record.content.message_chain)
-
-
-def _as_base(record: SessionRecord) -> tuple[int, int]:
-    return record.version, _length(record)

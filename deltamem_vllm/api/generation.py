@@ -19,6 +19,7 @@ from deltamem_vllm.api import replies
 from deltamem_vllm.api.conversation import Plan
 from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.folding import check_foldable
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService, Scope
@@ -304,6 +305,8 @@ class Generation:
             await self._conversations.pending(asked.request, engine_turn.output_ids),
             self._conversations.chain_after(plan, asked.key, message),
         )
+        if asked.memory.window is None and plan.base is not None:
+            content = unfolded(content)
         report = MemoryReport(
             session=asked.key.name,
             mode="read_write",

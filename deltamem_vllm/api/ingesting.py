@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.ingest import SOURCES, asked_hash, check_same, ingest_report, reply_name
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest, MemoryChatRequest
@@ -139,9 +140,10 @@ class Ingests:
                 yield report(content, version=version, position=position)
         assert content is not None
         done = report(content, version=version + 1, position=position, done=True)
+        content = replace(content, message_chain=(*content.message_chain, *chain))
         await turns.commit(
             turn,
-            replace(content, message_chain=(*content.message_chain, *chain)),
+            content if base is None else unfolded(content),
             parent_version=0 if job.body.replace else None,
             ttl=job.body.ttl,
             reply=Turn(job.reply_name, job.hash, done.model_dump_json().encode()),
@@ -166,7 +168,15 @@ class Ingests:
             request = MemoryChatRequest.model_validate(asked)
         except ValidationError as error:
             raise MemoryRequestError(f"messages are not valid: {error}") from None
-        return await self._service.conversations.ingested(request, body.messages, job.key.tenant)
+        conversations = self._service.conversations
+        try:
+            return await conversations.ingested(request, body.messages, job.key.tenant)
+        except DeltaMemError:
+            raise
+        # A template refuses conversations that it was not made for each in its own way. A stream
+        # has begun by now, and must say so itself.
+        except Exception as error:
+            raise MemoryRequestError(f"messages cannot be rendered: {error}") from error
 
 
 async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:

@@ -127,6 +127,20 @@ def texts_of(message: Message) -> tuple[str, ...]:
     return () if texts == ("",) else texts
 
 
+def said_by(message: Message) -> str:
+    """All that a message says, with its calls, of one that has a hash."""
+    functions = [call["function"] for call in message.get("tool_calls") or ()]
+    functions += [function] if (function := message.get("function_call")) is not None else []
+    texts = list(texts_of(message))
+    for function in functions:
+        arguments = function.get("arguments") or ""
+        texts += [
+            function.get("name") or "",
+            arguments if isinstance(arguments, str) else json.dumps(arguments),
+        ]
+    return "\n".join(texts)
+
+
 def continued(partial: Message, reply: Message, *, echoes: bool) -> Message:
     """The message that a partial one and its continuation are together.
 

@@ -19,6 +19,7 @@ from deltamem_vllm.api.ingest import (
     segment_size,
     segment_written,
 )
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.messages import hash_chain
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest
 from deltamem_vllm.engine.turn import begin, segments
@@ -246,13 +247,16 @@ class Ingests:
             position=job.writing.position,
             done=True,
         )
+        content = replace(content, message_chain=(*content.message_chain, *job.chain))
+        if version and not job.body.replace:
+            content = unfolded(content)
         turn = None
         if job.name:
             kept = job.report.model_dump_json().encode()
             turn = Turn(reply_name(job.name), job.hash, kept)
         self._sessions.write(
             job.key,
-            replace(content, message_chain=(*content.message_chain, *job.chain)),
+            content,
             parent_version=0 if job.body.replace else version,
             ttl=job.body.ttl,
             turn=turn,

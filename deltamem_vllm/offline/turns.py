@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from deltamem_vllm.api.boundaries import pending_after
 from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_message
 from deltamem_vllm.api.replies import given_name
 from deltamem_vllm.api.schemas import MemoryReport
@@ -18,7 +19,12 @@ from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
 from deltamem_vllm.offline.ingest import Writing, write_all
-from deltamem_vllm.offline.rendering import TEMPLATE_ARGUMENTS, TOKENIZATION, chat_render
+from deltamem_vllm.offline.rendering import (
+    TEMPLATE_ARGUMENTS,
+    TOKENIZATION,
+    chat_render,
+    text_tokens,
+)
 from deltamem_vllm.offline.replies import keep, replay, with_report
 from deltamem_vllm.offline.service import OfflineService
 from deltamem_vllm.offline.turn import Turn
@@ -166,6 +172,7 @@ class Turns:
                 self._service.chain_key,
                 self._render,
                 self._render_bare if self._arguments.get("tools") else None,
+                lambda text: len(text_tokens(self._service.llm, text)),
                 writes=turn.writes,
             )
             turn.base = folded.base
@@ -252,6 +259,8 @@ class Turns:
         content = turn.start.content(
             state, feed.num_tokens, self._pending(turn, completion.token_ids), chain
         )
+        if turn.memory.window is None and turn.base is not None:
+            content = unfolded(content)
         parent_version = 0 if turn.base is None else turn.base.version
         report = MemoryReport(
             session=turn.key.name,

@@ -1,16 +1,20 @@
 """A history is folded so that each message is written once, and the newest is always shown."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from deltamem_vllm.api.folding import FoldPlan, OnDivergence, plan_fold
-from deltamem_vllm.api.messages import Message
+from deltamem_vllm.api.folding import fold as fold_history
+from deltamem_vllm.api.lineage import unfolded
+from deltamem_vllm.api.messages import Message, said_by
 from deltamem_vllm.errors import ConflictError, MemoryRequestError
-from deltamem_vllm.memory import Window
+from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
 from tests.api.histories import KEY, chain, history, names, record
+from tests.api.templates import MERGED, TOKENIZER, Renderer
 
 
 def one_token_per_letter(messages: Sequence[Message]) -> int:
@@ -343,3 +347,71 @@ def test_another_tenants_hashes_are_another_history() -> None:
         plan_fold(
             history("u1 a1 u2"), TURNS[4:], Window(messages=1), None, b"k", one_token_per_letter
         )
+
+
+def test_a_window_of_tokens_asks_no_template_for_a_message_alone() -> None:
+    """One that wants roles to alternate would refuse it."""
+    render = Renderer(MERGED)
+
+    def count(text: str) -> int:
+        return len(TOKENIZER.encode(text))
+
+    memory = Memory(session="ann", window=Window(tokens=4))
+    sent = history("u1 a1 u2 a2 u3")
+    folded = fold_history(sent, TURNS[3:], memory, KEY, render, None, count, writes=True)
+    assert names(folded.shown) == "u2 a2 u3"
+    memory = Memory(session="ann", window=Window(tokens=99))
+    folded = fold_history(sent, TURNS[3:], memory, KEY, render, None, count, writes=True)
+    assert names(folded.shown) == "u1 a1 u2 a2 u3"
+
+
+def test_what_a_message_says_is_its_text_and_its_calls() -> None:
+    function = {"name": "look", "arguments": '{"at": 1}'}
+    calls = [{"type": "function", "function": function}, {"function": {"arguments": {"at": 2}}}]
+    content = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    said = {"role": "assistant", "content": content, "tool_calls": calls}
+    assert said_by(said).split() == ["a", "b", "look", '{"at":', "1}", '{"at":', "2}"]
+    assert said_by({"role": "assistant", "content": None, "function_call": None}) == ""
+
+
+# What was written without a window.
+
+
+def beside(one: SessionRecord, tokens: int, marked: bool = False) -> SessionRecord:
+    """The version with so many tokens; marked as made without a window, or after one that was."""
+    content = replace(one.content, tokens_written=tokens)
+    return replace(one, content=unfolded(content) if marked else content)
+
+
+PLAIN_CHAT = [beside(record(2, "u1 a1 u2 a2"), 9, marked=True), beside(record(1, "u1 a1"), 4)]
+
+
+@pytest.mark.parametrize(
+    ("on_divergence", "base"), [(None, None), ("fork", 1), ("reset", 0)]
+)  # fmt: skip
+def test_a_history_without_a_plain_chat_does_not_drop_it(
+    on_divergence: OnDivergence, base: int | None
+) -> None:
+    """The client of the windows does not know u2: to it, u3 is the next message."""
+    if base is None:
+        with pytest.raises(ConflictError, match=r"'ann'.*without a window.*on_divergence"):
+            fold("u1 a1 u3", PLAIN_CHAT)
+    else:
+        assert fold("u1 a1 u3", PLAIN_CHAT, None, on_divergence).base_version == base
+
+
+def test_a_history_with_the_plain_chat_goes_on_and_back() -> None:
+    assert fold("u1 a1 u2 a2 u3", PLAIN_CHAT).base_version == 2
+    marked = PLAIN_CHAT[0].content.metadata
+    later = record(3, "u1 a1 u2 a2 u3 a3")
+    later = replace(later, content=replace(later.content, tokens_written=12, metadata=marked))
+    assert fold("u1 a1 u2 a2 u3", [later, *PLAIN_CHAT]).base_version == 2
+    with pytest.raises(ConflictError, match="without a window"):
+        fold("u1 a1 u2", [later, *PLAIN_CHAT])
+
+
+def test_other_text_written_without_a_window_is_not_dropped() -> None:
+    raw = [beside(record(2, "u1 a1"), 9, marked=True), beside(record(1, "u1 a1"), 4)]
+    assert fold("u1 a1 u2", raw).base_version == 2
+    with pytest.raises(ConflictError, match="without a window"):
+        fold("u1", raw)

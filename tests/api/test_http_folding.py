@@ -184,6 +184,23 @@ def test_a_changed_history_is_refused_forked_or_forgotten(client: openai.OpenAI)
         assert report["tokens_ingested"] == length_of(edited[2 * parent : 2])
 
 
+def test_a_chat_without_a_window_is_not_dropped_by_a_history_without_it(
+    client: openai.OpenAI,
+) -> None:
+    window = {"messages": 2}
+    history = [{"role": "user", "content": said(98, 5)}]
+    reply = chat(client, history, **memory("beside", window=window))
+    history.append({"role": "assistant", "content": reply.choices[0].message.content})
+    plain = {"role": "user", "content": said(99, 5)}
+    answer = chat(client, [plain], **memory("beside")).choices[0].message.content
+    question = {"role": "user", "content": said(100, 5)}
+    with pytest.raises(openai.ConflictError, match="without a window"):
+        chat(client, [*history, question], **memory("beside", window=window))
+    whole = [*history, plain, {"role": "assistant", "content": answer}, question]
+    report = chat(client, whole, **memory("beside", window=window)).model_extra["memory"]
+    assert (report["version"], report["parent_version"]) == (3, 2)
+
+
 def test_a_history_with_tool_calls_is_folded_and_its_repeat_is_known(
     client: openai.OpenAI, store: SessionStore
 ) -> None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 
 from deltamem_vllm.sessions import SessionStore
+from tests.api.losing_proxy import LosingProxy
 from tests.api.server import Server, free_port
 from tests.api.sessions_http import Ledger, ask, new_name, record_of, state_of
 from tests.api.test_http_folding import tokens_of
@@ -294,6 +295,35 @@ def test_what_the_server_refuses_is_listed_and_the_others_go_on(
     assert done.returncode == 1, done.stderr
     (row,) = [line for line in done.stdout.splitlines() if huge in line]
     assert "413" in row
+    assert record_of(store, good).version == 1
+
+
+def test_messages_that_the_template_refuses_fail_alone(
+    server: Server, store: SessionStore, tmp_path: Path
+) -> None:
+    refused, good = new_name("refused"), new_name("good")
+    unspeakable = [{"role": "user", "content": "unspeakable"}]
+    lines = [{"session": refused, "messages": unspeakable}, transcript(good, 2)]
+    path = written(tmp_path / "t.jsonl", lines)
+    done = rebuild(path, server.url, "--concurrency", "1")
+    assert done.returncode == 1, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if refused in line]
+    assert "400" in row and "unspeakable!" in row
+    assert record_of(store, good).version == 1
+
+
+def test_an_answer_that_is_broken_off_again_and_again_fails_alone(
+    server: Server, store: SessionStore, tmp_path: Path
+) -> None:
+    broken, good = new_name("broken"), new_name("good")
+    lines = [transcript(broken, 1), transcript(good, 2)]
+    path = written(tmp_path / "t.jsonl", lines)
+    with LosingProxy(server.url, loses=f"/{broken}/ingest".encode()) as proxy:
+        done = rebuild(path, proxy.url, "--concurrency", "1")
+    assert proxy.lost > 1
+    assert done.returncode == 1, done.stderr
+    (row,) = [line for line in done.stdout.splitlines() if broken in line]
+    assert "does not answer" in row and "not tried" not in done.stdout
     assert record_of(store, good).version == 1
 
 
