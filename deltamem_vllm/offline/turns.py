@@ -192,7 +192,8 @@ class Turns:
                 )
             return () if record is None else (record,)
         version = self._sessions.version(key)
-        if memory.version not in (None, version):
+        # After a turn that was broken off, the session is not at what a later one names.
+        if memory.version not in (None, version) and not self._sessions.is_broken(key):
             raise ConflictError(
                 f"session {key.name!r} is at version {version}, not {memory.version}: another "
                 "turn came first. Nothing was written."
