@@ -13,7 +13,7 @@ from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_mess
 from deltamem_vllm.api.replies import given_name
 from deltamem_vllm.api.schemas import MemoryReport
 from deltamem_vllm.engine.turn import BROKEN_OFF, begin
-from deltamem_vllm.errors import ConflictError, MemoryRequestError
+from deltamem_vllm.errors import ConflictError, MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
@@ -123,7 +123,9 @@ class Turns:
             turn.request_hash = turn.hash([self._is_chat, self._asked])
             if reply is not None:
                 request_id = str(next(self._service.llm.request_counter))
-                turn.output = replay(reply, turn.request_hash, request_id)
+                assert turn.key is not None and turn.memory is not None
+                with about(f"turn {turn.memory.turn!r} of session {turn.key.name!r}"):
+                    turn.output = replay(reply, turn.request_hash, request_id)
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -159,15 +161,16 @@ class Turns:
         turn.base = versions[0] if versions else None
         if memory.window is not None:
             assert self._render is not None
-            folded = fold(
-                turn.prompt,
-                versions,
-                memory,
-                self._service.chain_key,
-                self._render,
-                self._render_bare if self._arguments.get("tools") else None,
-                writes=turn.writes,
-            )
+            with about(f"session {key.name!r}"):
+                folded = fold(
+                    turn.prompt,
+                    versions,
+                    memory,
+                    self._service.chain_key,
+                    self._render,
+                    self._render_bare if self._arguments.get("tools") else None,
+                    writes=turn.writes,
+                )
             turn.base = folded.base
             turn.prompt = [dict(message) for message in folded.shown]
             turn.ingest, turn.reread = folded.ingest, folded.reread

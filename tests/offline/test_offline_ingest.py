@@ -98,7 +98,7 @@ def test_a_named_ingest_goes_on_where_it_was_interrupted(
     before = contents(llm)
     again = ingest(llm, names, texts, job_id=jobs, segment_tokens=40)
     assert [report.replayed for report in again] == [True, True]
-    with pytest.raises(TurnMismatchError, match="job a"):
+    with pytest.raises(TurnMismatchError, match="'a': job 'job a'"):
         ingest(llm, "a", texts[1], job_id="job a", segment_tokens=40)
     assert contents(llm) == before
 
@@ -168,8 +168,8 @@ def test_a_text_can_take_the_place_of_all_that_was_written(llm: MemoryLLM) -> No
 
 def test_a_session_keeps_the_segments_it_began_with(llm: MemoryLLM) -> None:
     ingest(llm, "a", random_tokens(1, 50), segment_tokens=20)
-    with pytest.raises(MemoryRequestError, match="segments of 20 tokens, not 30"):
-        ingest(llm, "a", random_tokens(2, 50), segment_tokens=30)
+    with pytest.raises(MemoryRequestError, match="'a': .*segments of 20 tokens, not 30"):
+        ingest(llm, ["b", "a"], [random_tokens(2, 50)] * 2, segment_tokens=30)
     assert ingest(llm, "a", random_tokens(2, 50)).version == 2
 
 

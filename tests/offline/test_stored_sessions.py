@@ -120,7 +120,7 @@ def test_another_request_under_a_used_name_is_refused(llm: MemoryLLM) -> None:
     run(llm, [5, 6], named("a"))
     before = contents(llm)
     for prompt, params in [([5, 7], greedy()), ([5, 6], greedy(5)), ([5, 6], greedy(seed=1))]:
-        with pytest.raises(TurnMismatchError, match="another request"):
+        with pytest.raises(TurnMismatchError, match="'t' of session 'a': .*another request"):
             run(llm, [prompt, [9]], [named("a"), Memory(session="b")], params)
     assert contents(llm) == before
 
@@ -131,7 +131,7 @@ def test_an_output_that_was_too_large_to_keep_is_not_made_again(
     small = llm._service.settings.model_copy(update={"max_reply_bytes": 100})
     monkeypatch.setattr(llm._service, "settings", small)
     run(llm, [5, 6], named("a"))
-    with pytest.raises(ConflictError, match=r"made version 1.*too large"):
+    with pytest.raises(ConflictError, match=r"'t' of session 'a': .*made version 1.*too large"):
         run(llm, [5, 6], named("a"))
     assert llm.sessions["a"].version == 1
 
