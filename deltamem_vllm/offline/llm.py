@@ -16,7 +16,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.settings import ServerSettings, variable
-from deltamem_vllm.engine.compat import KVTransferConfig
+from deltamem_vllm.engine.compat import KVTransferConfig, engine_of_this_process_is_taken
 from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
     CONNECTOR_NAME,
@@ -72,6 +72,13 @@ class MemoryLLM(LLM):
             # `from_engine_args` passes every argument, most of them at their defaults.
             if engine_args.pop(name, None):
                 raise EngineConfigError(f"MemoryLLM sets {name} itself; leave it out.")
+        # Not after the start: whichever of two engines goes takes the other's connector along.
+        if engine_of_this_process_is_taken():
+            raise EngineConfigError(
+                "another engine with a KV connector lives in this process, and two would share it, "
+                "with wrong memories. `close()` that one first, or let go of it, or do not set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0."
+            )
         settings = ServerSettings.from_environment()
         if store is not None:
             # Now, because loading a model takes minutes; not for good, because engines may fork.

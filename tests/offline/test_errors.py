@@ -3,6 +3,7 @@
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from deltamem_vllm import Memory, MemoryLLM
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import EngineConfigError, MemoryRequestError
 from deltamem_vllm.memory import OFF
 from tests.helpers import (
     greedy,
@@ -21,6 +22,8 @@ from tests.helpers import (
     random_tokens,
 )
 from tests.offline.runs import (
+    CASE,
+    ENGINE,
     NOISE,
     SHARED,
     assert_same_session,
@@ -115,6 +118,15 @@ def test_interrupted_call_leaves_nothing_in_the_engine(
     run(llm, prompts, [Memory(session=f"{name} again") for name in ("a", "b")])
     for name in ("a", "b"):
         assert_same_session(llm.sessions[f"{name} again"], llm.sessions[name])
+
+
+def test_a_second_engine_of_the_process_is_refused(llm: MemoryLLM, checkpoint: Path) -> None:
+    """It would read and write the first one's pages."""
+    write(llm, "a", [5, 6])
+    with pytest.raises(EngineConfigError, match="another engine"):
+        MemoryLLM(str(checkpoint), str(CASE / "adapter"), **ENGINE)
+    run(llm, [7], Memory(session="a"))
+    assert llm.sessions["a"].version == 2
 
 
 def test_call_beside_enqueued_requests_is_refused(llm: MemoryLLM) -> None:
