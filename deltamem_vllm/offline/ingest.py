@@ -151,7 +151,9 @@ class Ingests:
         self._sessions = sessions
         self._arguments = arguments
 
-    def run(self, jobs: Sequence[Job], *, use_tqdm: bool) -> list[IngestReport]:
+    def run(
+        self, jobs: Sequence[Job], *, max_wait: float | None, use_tqdm: bool
+    ) -> list[IngestReport]:
         """Write everything, and commit.
 
         Raises:
@@ -163,7 +165,7 @@ class Ingests:
             raise MemoryRequestError(
                 "sessions belong to the model's template. Give it to MemoryLLM."
             )
-        writes = [(job.key, Memory(session=job.key.name)) for job in jobs]
+        writes = [(job.key, Memory(session=job.key.name, max_wait=max_wait)) for job in jobs]
         self._sessions.open(writes, self._service.settings.max_wait_seconds)
         self._find_reports([job for job in jobs if job.name])
         left = [job for job in jobs if job.report is None]
