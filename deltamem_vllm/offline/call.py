@@ -340,7 +340,9 @@ class CallSessions:
 
     def _outcome(self, writing: Sequence[SessionKey]) -> str:
         """What became of the sessions of a commit that did not end well."""
-        done, refused, doubtful = [], [], []
+        done: list[str] = []
+        refused: list[str] = []
+        doubtful: list[str] = []
         for key in writing:
             written = self._written[key]
             total, num_done = len(written.commits), written.num_done
@@ -352,8 +354,9 @@ class CallSessions:
         outcomes = [(refused, "failed"), (doubtful, "may be written or not")]
         left = "".join(f"{_listed(names)} {fate}; " for names, fate in outcomes if names)
         return (
-            f"Of the sessions that this call writes, {left}{_listed(done)} hold their new versions. "
-            "Turns with a name can be run again safely."
+            f"Of this call's sessions, {left}{_listed(done)} hold their new versions. "
+            "Turns with a name, and ingests with a job_id, can be run again safely for as long as "
+            "the store keeps their replies (DELTAMEM_REPLY_SECONDS, a day by default)."
         )
 
 

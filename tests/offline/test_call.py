@@ -317,6 +317,7 @@ def test_an_interrupted_commit_says_what_was_written(
     call.close()
     (note,) = interruption.value.__notes__
     assert "'c' may be written or not; 'a', 'b' hold their new versions" in note
+    assert "DELTAMEM_REPLY_SECONDS" in note
     assert [len(caller.store.versions(key(name))) for name in "abc"] == [1, 1, 0]
     assert_free(caller, "a", "b", "c")
 
