@@ -7,6 +7,9 @@ classes are also `ValueError`s: vLLM and pydantic turn those into client errors 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class DeltaMemError(Exception):
     """Root of all errors that this package raises on purpose."""
@@ -107,3 +110,12 @@ class RebuildError(DeltaMemError):
 
 class UnauthorizedError(DeltaMemError):
     """A request does not show whose sessions it may use; the server answers 401."""
+
+
+@contextmanager
+def about(subject: str) -> Iterator[None]:
+    """Name in an error what it is about, where it is one of many."""
+    try:
+        yield
+    except DeltaMemError as error:
+        raise type(error)(f"{subject}: {error}") from error

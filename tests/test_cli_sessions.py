@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import torch
 from typer.testing import CliRunner, Result
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
@@ -160,7 +161,7 @@ def test_rm_deletes_what_is_named_or_nothing(store: SessionStore, url: str) -> N
     keys = [filled(store, name, OTHER_MODEL) for name in ("a", "b", "c")]
     assert_readable_failure(run("rm", "a", "misspelt", url=url), "misspelt")
     assert store.get(keys[0]).version == 1
-    assert succeeded(run("rm", "a", "b", url=url)) == "deleted a\ndeleted b\n"
+    assert succeeded(run("rm", "a", "b", "a", url=url)) == "deleted a\ndeleted b\n"
     for key in keys[:2]:
         with pytest.raises(SessionNotFoundError):
             store.get(key)
@@ -247,6 +248,41 @@ def test_a_session_of_another_model_is_neither_exported_nor_imported(
         "chat_template differ",
     )
     assert [item["session"] for item in json_of("ls", url=url)] == ["ours", "theirs"]
+
+
+def test_a_session_of_a_served_variant_is_exported_and_imported(
+    store: SessionStore, url: str, tmp_path: Path
+) -> None:
+    """Of a LoRA, another tokenizer, and overrides, which a fingerprint has, too."""
+    lora, tokenizer = tmp_path / "lora", shutil.copytree(model_dir(), tmp_path / "tokenizer")
+    lora.mkdir()
+    (lora / "adapter_config.json").write_text('{"r": 8}')
+    safetensors.torch.save_file({"a": torch.ones(2)}, lora / "adapter_model.safetensors")
+    file = tokenizer / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "added": True}))
+    served = fingerprint(
+        model_dir(),
+        ADAPTER,
+        quantization=None,
+        chat_template=None,
+        lora=lora,
+        overrides={"rope_theta": 5.0},
+        tokenizer_dir=tokenizer,
+    ).digest
+    filled(store, "ada", served)
+    out = tmp_path / "ada.safetensors"
+    options = ["--lora", lora, "--tokenizer", tokenizer, "--hf-overrides", '{"rope_theta": 5.0}']
+    for one in range(0, len(options), 2):
+        others = options[:one] + options[one + 2 :]
+        assert_readable_failure(
+            run("export", "ada", out, *MODEL, *others, url=url), "another model"
+        )
+    succeeded(run("export", "ada", out, *MODEL, *options, url=url))
+    succeeded(run("import", out, "ada again", *MODEL, *options, url=url))
+    assert store.get(SessionKey("public", served, "ada again")).content == content(1)
+    assert_readable_failure(
+        run("import", out, "x", *MODEL, "--hf-overrides", "[1]", url=url), "--hf-overrides"
+    )
 
 
 def test_a_damaged_file_is_refused(url: str, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ has: how many versions are kept, for instance, is decided by whoever makes the n
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,12 +18,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from deltamem_vllm.cli.common import console
+from deltamem_vllm.cli.model import (
+    AdapterOption,
+    LoraOption,
+    ModelOption,
+    OverridesOption,
+    QuantizationOption,
+    TemplateOption,
+    TokenizerOption,
+    model_of,
+)
 from deltamem_vllm.errors import SessionError, SessionNotFoundError, StoreError
 
 if TYPE_CHECKING:
     from deltamem_vllm.sessions import SessionInfo, SessionKey, SessionRecord, SessionStore
-    from deltamem_vllm.state.fingerprint import FingerprintParts
-    from deltamem_vllm.state.snapshot import StateShape
 
 SHOWN_DIGITS: Final = 12
 """Of a fingerprint, in tables; enough for `--fingerprint`."""
@@ -46,20 +53,6 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of 
 NameArgument = Annotated[str, typer.Argument(metavar="SESSION", help="The session's name.")]
 VersionOption = Annotated[
     int | None, typer.Option("--version", help="One of its kept versions; default: the current.")
-]
-ModelOption = Annotated[
-    str, typer.Option("--model", help="The model that the session belongs to, as it is served.")
-]
-AdapterOption = Annotated[
-    str | None, typer.Option("--adapter", help="Its adapter, unless it is a linked checkpoint.")
-]
-TemplateOption = Annotated[
-    Path | None,
-    typer.Option("--chat-template", help="File of the chat template, if not the model's own."),
-]
-QuantizationOption = Annotated[
-    str | None,
-    typer.Option("--quantization", help="As given to vllm serve, if not in the checkpoint."),
 ]
 
 
@@ -143,7 +136,7 @@ def remove(
             typer.echo(f"deleted {opened.delete_tenant(tenant):,} sessions of tenant {tenant}")
             return
         # All are found before the first is deleted: a misspelt name removes nothing.
-        keys = [_one(opened, tenant, name, fingerprint).key for name in names or ()]
+        keys = [_one(opened, tenant, name, fingerprint).key for name in dict.fromkeys(names or ())]
         for key in keys:
             opened.delete(key)
             typer.echo(f"deleted {key.name}")
@@ -188,6 +181,9 @@ def export(
     adapter: AdapterOption = None,
     chat_template: TemplateOption = None,
     quantization: QuantizationOption = None,
+    lora: LoraOption = None,
+    tokenizer: TokenizerOption = None,
+    hf_overrides: OverridesOption = None,
     version: VersionOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     store: StoreOption = None,
@@ -203,13 +199,15 @@ def export(
     with _opened(store) as opened:
         info = _one(opened, tenant, name, fingerprint)
         record = opened.get(info.key, version)
-    parts, shape = _model(model, adapter, chat_template, quantization)
+    parts, shape = model_of(
+        model, adapter, chat_template, quantization, lora, tokenizer, hf_overrides
+    )
     if parts.digest != info.key.fingerprint:
         raise SessionError(
             f"session {name!r} belongs to another model: its fingerprint is "
             f"{info.key.fingerprint[:SHOWN_DIGITS]}, that of {model} is "
-            f"{parts.digest[:SHOWN_DIGITS]}. Give model, adapter, chat template, quantization and "
-            "DELTAMEM_FINGERPRINT_ALIAS as the server had them."
+            f"{parts.digest[:SHOWN_DIGITS]}. Give model, adapter, chat template, quantization, "
+            "LoRA, tokenizer, overrides and DELTAMEM_FINGERPRINT_ALIAS as the server had them."
         )
     write_atomically(out, export_record(record, parts, shape))
     typer.echo(f"wrote version {record.version} of {name} to {out}")
@@ -223,6 +221,9 @@ def import_(
     adapter: AdapterOption = None,
     chat_template: TemplateOption = None,
     quantization: QuantizationOption = None,
+    lora: LoraOption = None,
+    tokenizer: TokenizerOption = None,
+    hf_overrides: OverridesOption = None,
     ttl: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds until it expires, if untouched.")
     ] = None,
@@ -234,7 +235,9 @@ def import_(
     from deltamem_vllm.sessions import SessionKey
     from deltamem_vllm.state.snapshot_file import MAX_HEADER_BYTES
 
-    parts, shape = _model(model, adapter, chat_template, quantization)
+    parts, shape = model_of(
+        model, adapter, chat_template, quantization, lora, tokenizer, hf_overrides
+    )
     with file.open("rb") as opened_file:
         # One byte more than a snapshot may have is enough to refuse it.
         data = opened_file.read(MAX_HEADER_BYTES + shape.num_bytes + 9)
@@ -323,28 +326,6 @@ def _one(store: SessionStore, tenant: str, name: str, fingerprint: str) -> Sessi
             "beginning of one."
         )
     return found[0]
-
-
-def _model(
-    model: str, adapter: str | None, chat_template: Path | None, quantization: str | None
-) -> tuple[FingerprintParts, StateShape]:
-    """What a state of a model belongs to, and how large it is."""
-    from deltamem_vllm.adapter import resolve_base_dir
-    from deltamem_vllm.api.settings import ServerSettings
-    from deltamem_vllm.models.overrides import adapter_to_serve
-    from deltamem_vllm.state.fingerprint import fingerprint
-    from deltamem_vllm.state.snapshot import StateShape
-
-    model = os.path.expanduser(model)
-    loaded = adapter_to_serve(model, adapter)
-    parts = fingerprint(
-        resolve_base_dir(model),
-        loaded,
-        quantization=quantization,
-        chat_template=None if chat_template is None else chat_template.read_text(encoding="utf-8"),
-        alias=ServerSettings.from_environment().fingerprint_alias,
-    )
-    return parts, StateShape.of(loaded)
 
 
 def _info_facts(info: SessionInfo) -> dict[str, Any]:

@@ -7,6 +7,7 @@ unnecessary; `tests/engine/test_compat.py` checks that each still exists with th
 
 import asyncio
 import functools
+import gc
 import os
 import sys
 from typing import Any, Final
@@ -15,7 +16,7 @@ import vllm
 from vllm import envs
 from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 from vllm.config.kv_transfer import KVTransferConfig
-from vllm.distributed.kv_transfer import get_kv_transfer_group
+from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -175,6 +176,19 @@ async def call_all_workers(engine_client: Any, method: str, *args: Any) -> list[
     return [answer for answers in per_engine for answer in answers]
 
 
+def engine_of_this_process_is_taken() -> bool:
+    """Whether another engine lives in this process, where the next one would run, too.
+
+    Both would use the first one's KV connector. Engines that nobody holds any more do not count:
+    they are collected first, of which vLLM's `gc.freeze` at an engine's start keeps Python.
+    """
+    if envs.VLLM_ENABLE_V1_MULTIPROCESSING or not has_kv_transfer_group():
+        return False
+    gc.unfreeze()
+    gc.collect()
+    return bool(has_kv_transfer_group())
+
+
 def engine_is_dead(engine_core: Any) -> bool:
     """Whether the process of an `LLM`'s engine client died; calls of it may never return then."""
     resources = getattr(engine_core, "resources", None)  # none in process
@@ -249,6 +263,7 @@ __all__ = [
     "check_version",
     "direct_register_custom_op",
     "engine_is_dead",
+    "engine_of_this_process_is_taken",
     "extend_cache_salt",
     "extract_layer_index",
     "get_adapter_absolute_path",

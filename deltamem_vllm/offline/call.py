@@ -64,6 +64,9 @@ class _Written:
     num_done: int = 0
     """Of the commits."""
 
+    is_refused: bool = False
+    """The store said that it did not write the next one."""
+
     @property
     def is_done(self) -> bool:
         """Whether its lease was given back with the last commit."""
@@ -214,25 +217,16 @@ class CallSessions:
 
         Raises:
             DeltaMemError: not all could be written; the message says which were.
+            BaseException: another error, or Ctrl-C; a note says which were.
         """
         writing = [key for key, written in self._written.items() if written.commits]
-        commits = self._start(lambda key: self._commit(self._written[key]), writing)
-        found = {key: one.exception() for key, one in zip(writing, commits, strict=True)}
-        errors = {key: error for key, error in found.items() if error}
-        if not errors:
-            return
-        error = next(iter(errors.values()))
-        if not isinstance(error, DeltaMemError):
-            raise error
-        # A store that did not answer may have written all the same.
-        in_doubt = any(isinstance(one, StoreUnavailableError) for one in errors.values())
-        failed = [self._shown(key) for key in errors]
-        done = [repr(key.name) for key in writing if key not in errors]
-        raise type(error)(
-            f"{error} Not all of this call's sessions were written: "
-            f"{_listed(failed)} {'may be written or not' if in_doubt else 'failed'}; "
-            f"{_listed(done)} hold their new versions. Turns with a name can be run again safely."
-        ) from error
+        try:
+            self._map(self._commit, writing)
+        except BaseException as error:
+            if isinstance(error, DeltaMemError):
+                raise type(error)(f"{error} {self._outcome(writing)}") from error
+            error.add_note(self._outcome(writing))
+            raise
 
     def close(self) -> None:
         """Give back the leases of all that was not written."""
@@ -304,7 +298,16 @@ class CallSessions:
                 raise
             return None
 
-    def _commit(self, written: _Written) -> None:
+    def _commit(self, key: SessionKey) -> None:
+        written = self._written[key]
+        try:
+            self._commit_all(written)
+        except DeltaMemError as error:
+            # A store that did not answer may have written all the same.
+            written.is_refused = not isinstance(error, StoreUnavailableError)
+            raise
+
+    def _commit_all(self, written: _Written) -> None:
         lease = written.lease
         last = len(written.commits) - 1
         for index, one in enumerate(written.commits):
@@ -335,11 +338,26 @@ class CallSessions:
             _wait_for_all(futures)
         return futures
 
-    def _shown(self, key: SessionKey) -> str:
-        written = self._written[key]
-        if not written.num_done:
-            return repr(key.name)
-        return f"{key.name!r} ({written.num_done} of {len(written.commits)} turns written)"
+    def _outcome(self, writing: Sequence[SessionKey]) -> str:
+        """What became of the sessions of a commit that did not end well."""
+        done: list[str] = []
+        refused: list[str] = []
+        doubtful: list[str] = []
+        for key in writing:
+            written = self._written[key]
+            total, num_done = len(written.commits), written.num_done
+            if num_done == total:
+                done.append(repr(key.name))
+                continue
+            part = f" ({num_done} of {total} turns written)" if num_done else ""
+            (refused if written.is_refused else doubtful).append(f"{key.name!r}{part}")
+        outcomes = [(refused, "failed"), (doubtful, "may be written or not")]
+        left = "".join(f"{_listed(names)} {fate}; " for names, fate in outcomes if names)
+        return (
+            f"Of this call's sessions, {left}{_listed(done)} hold their new versions. "
+            "Turns with a name, and ingests with a job_id, can be run again safely for as long as "
+            "the store keeps their replies (DELTAMEM_REPLY_SECONDS, a day by default)."
+        )
 
 
 def _wait_for_all(futures: Iterable["Future[Any]"]) -> None:

@@ -23,7 +23,7 @@ from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.messages import hash_chain
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest
 from deltamem_vllm.engine.turn import begin, segments
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
@@ -107,6 +107,11 @@ class Job:
         """Its id; empty if it was given none."""
         return self.body.job_id or ""
 
+    @property
+    def subject(self) -> str:
+        """In errors."""
+        return f"session {self.key.name!r}"
+
 
 def job_of(key: SessionKey, content: Any, lora: Any, **fields: Any) -> Job:
     """An ingest of messages, a text, or token ids.
@@ -126,7 +131,9 @@ def job_of(key: SessionKey, content: Any, lora: Any, **fields: Any) -> Job:
     try:
         return Job(key, IngestRequest(**{source: content}, **fields), lora)
     except ValidationError as error:
-        raise MemoryRequestError(f"the ingest is not valid: {error}") from None
+        raise MemoryRequestError(
+            f"the ingest into session {key.name!r} is not valid: {error}"
+        ) from None
 
 
 class Ingests:
@@ -145,7 +152,9 @@ class Ingests:
         self._sessions = sessions
         self._arguments = arguments
 
-    def run(self, jobs: Sequence[Job], *, use_tqdm: bool) -> list[IngestReport]:
+    def run(
+        self, jobs: Sequence[Job], *, max_wait: float | None, use_tqdm: bool
+    ) -> list[IngestReport]:
         """Write everything, and commit.
 
         Raises:
@@ -157,12 +166,13 @@ class Ingests:
             raise MemoryRequestError(
                 "sessions belong to the model's template. Give it to MemoryLLM."
             )
-        writes = [(job.key, Memory(session=job.key.name)) for job in jobs]
+        writes = [(job.key, Memory(session=job.key.name, max_wait=max_wait)) for job in jobs]
         self._sessions.open(writes, self._service.settings.max_wait_seconds)
         self._find_reports([job for job in jobs if job.name])
         left = [job for job in jobs if job.report is None]
         for job in left:
-            self._prepare(job)
+            with about(job.subject):
+                self._prepare(job)
         self._find_positions([job for job in left if job.name])
         self._write(left, use_tqdm)
         for job in left:
@@ -174,7 +184,8 @@ class Ingests:
         kept = self._sessions.find_replies([(job.key, reply_name(job.name)) for job in jobs])
         for job, reply in zip(jobs, kept, strict=True):
             if reply is not None:
-                check_same(job.name, job.hash, reply.request_hash)
+                with about(job.subject):
+                    check_same(job.name, job.hash, reply.request_hash)
                 job.report = IngestReport(**{**json.loads(reply.reply), "replayed": True})
 
     def _prepare(self, job: Job) -> None:
@@ -204,7 +215,8 @@ class Ingests:
         for job, kept in zip(jobs, found, strict=True):
             if kept is None:
                 continue
-            check_same(job.name, job.hash, kept.request_hash)
+            with about(job.subject):
+                check_same(job.name, job.hash, kept.request_hash)
             if kept.base_version == self._sessions.version(job.key):
                 assert job.writing is not None
                 job.writing.content, job.writing.position = kept.content, kept.position

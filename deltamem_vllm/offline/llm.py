@@ -16,7 +16,7 @@ from vllm import LLM, RequestOutput, SamplingParams
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.settings import ServerSettings, variable
-from deltamem_vllm.engine.compat import KVTransferConfig
+from deltamem_vllm.engine.compat import KVTransferConfig, engine_of_this_process_is_taken
 from deltamem_vllm.engine.names import (
     CONNECTOR_MODULE,
     CONNECTOR_NAME,
@@ -72,6 +72,13 @@ class MemoryLLM(LLM):
             # `from_engine_args` passes every argument, most of them at their defaults.
             if engine_args.pop(name, None):
                 raise EngineConfigError(f"MemoryLLM sets {name} itself; leave it out.")
+        # Not after the start: whichever of two engines goes takes the other's connector along.
+        if engine_of_this_process_is_taken():
+            raise EngineConfigError(
+                "another engine with a KV connector lives in this process, and two would share it, "
+                "with wrong memories. `close()` that one first, or let go of it, or do not set "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0."
+            )
         settings = ServerSettings.from_environment()
         if store is not None:
             # Now, because loading a model takes minutes; not for good, because engines may fork.
@@ -180,6 +187,7 @@ class MemoryLLM(LLM):
         tools: list[dict[str, Any]] | None = None,
         replace: bool = False,
         ttl: float | None = None,
+        max_wait: float | None = None,
         lora_request: Any = None,
         use_tqdm: bool = True,
         **kwargs: Any,
@@ -190,12 +198,13 @@ class MemoryLLM(LLM):
             session: one name, or a list of names, whose sessions are written together.
             content: messages, a text, or token ids; one for each session.
             job_id: names an ingest, one for each session: repeated under the same name it goes on
-                where it stopped, or says what it did.
+                where it stopped (for a week), or says what it did (for `DELTAMEM_REPLY_SECONDS`;
+                later it is written once more).
             segment_tokens: tokens per request; fixed by a session's first ingest.
             tools: definitions that the messages were held with; as system messages, they are
                 rendered and not written.
             replace: write into an empty memory; the sessions' versions before are kept.
-            ttl: see `Memory.ttl`.
+            ttl, max_wait: see `Memory`.
             lora_request: of the model that reads the text.
             use_tqdm: whether progress is shown.
             kwargs: arguments of `LLM.chat` that concern rendering.
@@ -219,6 +228,8 @@ class MemoryLLM(LLM):
             if not isinstance(session, Iterable):
                 raise MemoryRequestError(f"session is a name or a list of names, not {session!r}.")
             names = list(session)
+            if isinstance(content, str):
+                raise MemoryRequestError("content is one text; give a list, a text per session.")
             contents = _per_prompt("content", content, len(names))
             job_ids = _per_prompt("job_id", job_id, len(names))
         jobs = [
@@ -235,7 +246,9 @@ class MemoryLLM(LLM):
             for name, one, job in zip(names, contents, job_ids, strict=True)
         ]
         with self._service.call() as sessions:
-            reports = Ingests(self._service, sessions, kwargs).run(jobs, use_tqdm=use_tqdm)
+            reports = Ingests(self._service, sessions, kwargs).run(
+                jobs, max_wait=max_wait, use_tqdm=use_tqdm
+            )
         return reports[0] if isinstance(session, str) else reports
 
     def _run_turns(

@@ -60,7 +60,12 @@ class OfflineService:
             # Not a `TemporaryDirectory`, which a child of a fork would remove.
             folder = Path(tempfile.mkdtemp(prefix="deltamem-")).resolve()
             url = f"sqlite://{folder}/sessions.db"
-        self.store = check_store(url, settings)
+        try:
+            self.store = check_store(url, settings)
+        except BaseException:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
         self._swept = -math.inf
         owner = f"MemoryLLM in process {os.getpid()}"
         core = weakref.ref(llm.llm_engine.engine_core)

@@ -14,7 +14,7 @@ from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_mess
 from deltamem_vllm.api.replies import given_name
 from deltamem_vllm.api.schemas import MemoryReport
 from deltamem_vllm.engine.turn import BROKEN_OFF, begin
-from deltamem_vllm.errors import ConflictError, MemoryRequestError
+from deltamem_vllm.errors import ConflictError, MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
@@ -129,7 +129,9 @@ class Turns:
             turn.request_hash = turn.hash([self._is_chat, self._asked])
             if reply is not None:
                 request_id = str(next(self._service.llm.request_counter))
-                turn.output = replay(reply, turn.request_hash, request_id)
+                assert turn.key is not None and turn.memory is not None
+                with about(f"turn {turn.memory.turn!r} of session {turn.key.name!r}"):
+                    turn.output = replay(reply, turn.request_hash, request_id)
 
     @property
     def _asked(self) -> dict[str, Any]:
@@ -165,16 +167,17 @@ class Turns:
         turn.base = versions[0] if versions else None
         if memory.window is not None:
             assert self._render is not None
-            folded = fold(
-                turn.prompt,
-                versions,
-                memory,
-                self._service.chain_key,
-                self._render,
-                self._render_bare if self._arguments.get("tools") else None,
-                lambda text: len(text_tokens(self._service.llm, text)),
-                writes=turn.writes,
-            )
+            with about(f"session {key.name!r}"):
+                folded = fold(
+                    turn.prompt,
+                    versions,
+                    memory,
+                    self._service.chain_key,
+                    self._render,
+                    self._render_bare if self._arguments.get("tools") else None,
+                    lambda text: len(text_tokens(self._service.llm, text)),
+                    writes=turn.writes,
+                )
             turn.base = folded.base
             turn.prompt = [dict(message) for message in folded.shown]
             turn.ingest, turn.reread = folded.ingest, folded.reread
@@ -199,7 +202,8 @@ class Turns:
                 )
             return () if record is None else (record,)
         version = self._sessions.version(key)
-        if memory.version not in (None, version):
+        # After a turn that was broken off, the session is not at what a later one names.
+        if memory.version not in (None, version) and not self._sessions.is_broken(key):
             raise ConflictError(
                 f"session {key.name!r} is at version {version}, not {memory.version}: another "
                 "turn came first. Nothing was written."

@@ -1,6 +1,7 @@
 """Same tokens, same state: whatever the schedule, the engine agrees with the sequential oracle."""
 
 import random
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from vllm import SamplingParams, TokensPrompt
 
 from deltamem_vllm import Memory, MemoryLLM
-from tests.helpers import DATA, VOCAB, full_logprobs
+from tests.helpers import DATA, VOCAB, full_logprobs, running
 from tests.oracle import Answer, Oracle
 
 CASE = DATA / "qwen3_msw4"
@@ -101,9 +102,39 @@ def test_state_survives_preemption() -> None:
     assert counter(llm, "vllm:num_preemptions") > 0
 
 
+def error(llm: MemoryLLM, prompts: list[list[int]], memory: Memory | None) -> float:
+    """Root mean square error of all output logprobs against the fp32 oracle's."""
+    sampling = SamplingParams(
+        temperature=0, max_tokens=8, logprobs=VOCAB, ignore_eos=True, detokenize=False
+    )
+    outputs = llm.generate(
+        [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
+        sampling,
+        memory=memory,
+        use_tqdm=False,
+    )
+    squares = []
+    for tokens, output in zip(prompts, outputs, strict=True):
+        sampled = list(output.outputs[0].token_ids)
+        answer = oracle()([*tokens, *sampled[:-1]], reads=memory is None)
+        actual = full_logprobs(output.outputs[0].logprobs)
+        squares.append((actual - answer.logprobs[len(tokens) - 1 :]).square().mean())
+    return torch.stack(squares).mean().sqrt().item()
+
+
+def test_bf16_is_as_near_to_fp32_with_memory_as_without() -> None:
+    llm = start(dtype="bfloat16")
+    prompts = [prompt(7000 + index, length) for index, length in enumerate((3, 40, 200, 600))]
+    noise = error(llm, prompts, Memory(mode="off"))
+    assert noise > 1e-4  # it really ran in bf16
+    assert error(llm, prompts, None) < 2 * noise
+
+
 @pytest.fixture(scope="module")
-def caching() -> MemoryLLM:
-    return start(enable_prefix_caching=True, max_num_batched_tokens=96, max_num_seqs=16)
+def caching() -> Iterator[MemoryLLM]:
+    engine = start(enable_prefix_caching=True, max_num_batched_tokens=96, max_num_seqs=16)
+    with running(engine) as llm:
+        yield llm
 
 
 def ephemeral(llm: MemoryLLM, prompts: list[list[int]]) -> list:
@@ -169,31 +200,3 @@ def test_any_schedule_gives_the_oracles_states(caching: MemoryLLM, data: st.Data
         prompts.append(prompt(prefix, 5 * BLOCK)[:kept] + prompt(6000 + own, own))
     run_and_check(caching, prompts, max_tokens=data.draw(st.integers(1, 4), label="max_tokens"))
     ephemeral(caching, prompts)
-
-
-def error(llm: MemoryLLM, prompts: list[list[int]], memory: Memory | None) -> float:
-    """Root mean square error of all output logprobs against the fp32 oracle's."""
-    sampling = SamplingParams(
-        temperature=0, max_tokens=8, logprobs=VOCAB, ignore_eos=True, detokenize=False
-    )
-    outputs = llm.generate(
-        [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
-        sampling,
-        memory=memory,
-        use_tqdm=False,
-    )
-    squares = []
-    for tokens, output in zip(prompts, outputs, strict=True):
-        sampled = list(output.outputs[0].token_ids)
-        answer = oracle()([*tokens, *sampled[:-1]], reads=memory is None)
-        actual = full_logprobs(output.outputs[0].logprobs)
-        squares.append((actual - answer.logprobs[len(tokens) - 1 :]).square().mean())
-    return torch.stack(squares).mean().sqrt().item()
-
-
-def test_bf16_is_as_near_to_fp32_with_memory_as_without() -> None:
-    llm = start(dtype="bfloat16")
-    prompts = [prompt(7000 + index, length) for index, length in enumerate((3, 40, 200, 600))]
-    noise = error(llm, prompts, Memory(mode="off"))
-    assert noise > 1e-4  # it really ran in bf16
-    assert error(llm, prompts, None) < 2 * noise

@@ -294,3 +294,50 @@ def test_a_session_that_was_written_in_part_is_named(
         call.commit()
     call.close()
     assert caller.store.get(key("a")).version == 1
+
+
+def test_an_interrupted_commit_says_what_was_written(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while sessions are committed; those that were begun are carried through."""
+    call = caller.call()
+    call.open(writing("a", "b", "c"), 0)
+    for name in "abc":
+        write(call, name)
+    submit, left = caller.threads.submit, iter([False, False, True])
+
+    def interrupted(*args: Any) -> Any:
+        if next(left, False):
+            raise KeyboardInterrupt
+        return submit(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as interruption:
+        patch.setattr(caller.threads, "submit", interrupted)
+        call.commit()
+    call.close()
+    (note,) = interruption.value.__notes__
+    assert "'c' may be written or not; 'a', 'b' hold their new versions" in note
+    assert "DELTAMEM_REPLY_SECONDS" in note
+    assert [len(caller.store.versions(key(name))) for name in "abc"] == [1, 1, 0]
+    assert_free(caller, "a", "b", "c")
+
+
+def test_an_error_of_another_kind_says_what_was_written(
+    caller: Caller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = caller.call()
+    call.open(writing("a", "b"), 0)
+    write(call, "a")
+    write(call, "b")
+    commit = caller.store.commit
+
+    def fail(lease: Any, *args: Any, **kwargs: Any) -> Any:
+        if lease.key.name == "a":
+            raise RuntimeError("a defect")
+        return commit(lease, *args, **kwargs)
+
+    monkeypatch.setattr(caller.store, "commit", fail)
+    with pytest.raises(RuntimeError, match="a defect") as failure:
+        call.commit()
+    call.close()
+    assert "'a' may be written or not; 'b' hold" in failure.value.__notes__[0]

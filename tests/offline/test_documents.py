@@ -15,8 +15,12 @@ def run_program(document: str, folder: Path) -> str:
     program = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     assert "MemoryLLM(" in program
     script = folder / "program.py"
-    script.write_text(program.replace("sqlite:////tmp/", f"sqlite:///{folder}/"), encoding="utf-8")
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    script.write_text(program, encoding="utf-8")
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "TMPDIR": str(folder),
+    }
     done = subprocess.run(
         [sys.executable, str(script)],
         cwd=ROOT,
@@ -36,6 +40,7 @@ def test_the_program_of_the_readme(tmp_path: Path) -> None:
 
 
 def test_the_programs_of_the_offline_document(tmp_path: Path) -> None:
-    printed = run_program("docs/offline.md", tmp_path)
-    assert "1 False\n1 True\nYour match is on Tuesday. 21\nMemorySnapshot(version=3," in printed
-    assert "9 True\n" in printed
+    for _ in range(2):  # again beside what the first run left
+        printed = run_program("docs/offline.md", tmp_path)
+        assert "1 False\n1 True\nYour match is on Tuesday. 21\nMemorySnapshot(version=3," in printed
+        assert "9 True\n" in printed

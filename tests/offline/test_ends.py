@@ -159,13 +159,17 @@ def test_turn_that_ends_while_preempted_is_written(
     assert_turn_is(llm, "a", prompt, sampled[:4])
 
 
-def test_turn_that_the_engine_breaks_off_is_not_written(llm: MemoryLLM) -> None:
+@pytest.mark.parametrize("pinned", [({}, {}), ({"version": 1}, {"version": 2})])
+def test_turn_that_the_engine_breaks_off_is_not_written(
+    llm: MemoryLLM, pinned: tuple[dict[str, int], dict[str, int]]
+) -> None:
     write(llm, "a", random_tokens(1, 40))
     before = contents(llm)["a"]
     # A grammar that the tokenizer of words cannot spell.
     grammar = StructuredOutputsParams(choice=["w9 w8"])
     broken = greedy(3, structured_outputs=grammar, detokenize=True)
-    memories = [Memory(session=name) for name in ("a", "b", "a")]
+    memories = [Memory(session="a", **pinned[0]), Memory(session="b")]
+    memories.append(Memory(session="a", **pinned[1]))
     outputs = run(llm, [[5, 6], [7, 8], [9, 10]], memories, [broken, greedy(3), greedy(3)])
     reasons = [output.outputs[0].finish_reason for output in outputs]
     assert reasons == ["error", "length", "length"]

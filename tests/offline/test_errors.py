@@ -2,7 +2,9 @@
 
 import os
 import signal
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +15,17 @@ from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
 from deltamem_vllm import Memory, MemoryLLM
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import EngineConfigError, MemoryRequestError, StoreError
 from deltamem_vllm.memory import OFF
+from deltamem_vllm.offline import service
 from tests.helpers import (
     greedy,
     output_logprobs,
     random_tokens,
 )
 from tests.offline.runs import (
+    CASE,
+    ENGINE,
     NOISE,
     SHARED,
     assert_same_session,
@@ -115,6 +120,28 @@ def test_interrupted_call_leaves_nothing_in_the_engine(
     run(llm, prompts, [Memory(session=f"{name} again") for name in ("a", "b")])
     for name in ("a", "b"):
         assert_same_session(llm.sessions[f"{name} again"], llm.sessions[name])
+
+
+def test_a_second_engine_of_the_process_is_refused(llm: MemoryLLM, checkpoint: Path) -> None:
+    """It would read and write the first one's pages."""
+    write(llm, "a", [5, 6])
+    with pytest.raises(EngineConfigError, match="another engine"):
+        MemoryLLM(str(checkpoint), str(CASE / "adapter"), **ENGINE)
+    run(llm, [7], Memory(session="a"))
+    assert llm.sessions["a"].version == 2
+
+
+def test_a_temporary_store_that_cannot_be_opened_leaves_no_folder(
+    llm: MemoryLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise StoreError("the disk is full.")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(service, "check_store", fail)
+    with pytest.raises(StoreError):
+        service.OfflineService(llm, None, "public", llm._service.settings)
+    assert not list(tmp_path.iterdir())
 
 
 def test_call_beside_enqueued_requests_is_refused(llm: MemoryLLM) -> None:

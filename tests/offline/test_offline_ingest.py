@@ -98,7 +98,7 @@ def test_a_named_ingest_goes_on_where_it_was_interrupted(
     before = contents(llm)
     again = ingest(llm, names, texts, job_id=jobs, segment_tokens=40)
     assert [report.replayed for report in again] == [True, True]
-    with pytest.raises(TurnMismatchError, match="job a"):
+    with pytest.raises(TurnMismatchError, match="'a': job 'job a'"):
         ingest(llm, "a", texts[1], job_id="job a", segment_tokens=40)
     assert contents(llm) == before
 
@@ -122,6 +122,7 @@ def test_an_ingest_that_fails_writes_no_session(
     ("session", "content", "fields", "words"),
     [
         (["a", "a"], [[5], [6]], {}, "twice"),
+        (["a", "b"], "w20", {}, "a text per session"),
         (["a", "b"], [[5]], {}, "content has 1 entries for 2"),
         ("a", [], {}, "not valid"),
         ("a", "", {}, "not valid"),
@@ -168,8 +169,8 @@ def test_a_text_can_take_the_place_of_all_that_was_written(llm: MemoryLLM) -> No
 
 def test_a_session_keeps_the_segments_it_began_with(llm: MemoryLLM) -> None:
     ingest(llm, "a", random_tokens(1, 50), segment_tokens=20)
-    with pytest.raises(MemoryRequestError, match="segments of 20 tokens, not 30"):
-        ingest(llm, "a", random_tokens(2, 50), segment_tokens=30)
+    with pytest.raises(MemoryRequestError, match=r"'a': .*segments of 20 tokens, not 30"):
+        ingest(llm, ["b", "a"], [random_tokens(2, 50)] * 2, segment_tokens=30)
     assert ingest(llm, "a", random_tokens(2, 50)).version == 2
 
 
@@ -180,6 +181,9 @@ def test_an_ingest_waits_for_its_session(llm: MemoryLLM, monkeypatch: pytest.Mon
     lease = store.acquire(llm._service.key("a", None), "a server", seconds=60)
     with pytest.raises(SessionBusyError, match="'a'"):
         ingest(llm, ["a", "b"], [[5], [6]])
+    monkeypatch.undo()
+    with pytest.raises(SessionBusyError, match="'a'"):
+        ingest(llm, ["a", "b"], [[5], [6]], max_wait=0)
     store.release(lease)
     assert len(llm.sessions) == 0
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 
 from deltamem_vllm import Memory, MemoryLLM
 from deltamem_vllm.errors import (
@@ -120,7 +121,7 @@ def test_another_request_under_a_used_name_is_refused(llm: MemoryLLM) -> None:
     run(llm, [5, 6], named("a"))
     before = contents(llm)
     for prompt, params in [([5, 7], greedy()), ([5, 6], greedy(5)), ([5, 6], greedy(seed=1))]:
-        with pytest.raises(TurnMismatchError, match="another request"):
+        with pytest.raises(TurnMismatchError, match=r"'t' of session 'a': .*another request"):
             run(llm, [prompt, [9]], [named("a"), Memory(session="b")], params)
     assert contents(llm) == before
 
@@ -131,7 +132,7 @@ def test_an_output_that_was_too_large_to_keep_is_not_made_again(
     small = llm._service.settings.model_copy(update={"max_reply_bytes": 100})
     monkeypatch.setattr(llm._service, "settings", small)
     run(llm, [5, 6], named("a"))
-    with pytest.raises(ConflictError, match=r"made version 1.*too large"):
+    with pytest.raises(ConflictError, match=r"'t' of session 'a': .*made version 1.*too large"):
         run(llm, [5, 6], named("a"))
     assert llm.sessions["a"].version == 1
 
@@ -143,6 +144,18 @@ def test_a_named_turn_may_ask_for_anything_that_vllm_takes(llm: MemoryLLM) -> No
     assert (first.memory.replayed, again.memory.replayed) == (False, True)
     with pytest.raises(TurnMismatchError):
         run(llm, [5, 6], named("a"), greedy(logit_bias={5: 2.0, 7: -1.0}, stop_token_ids=[9, 8]))
+
+
+def test_a_call_leaves_the_sampling_params_that_it_was_given_as_they_are(llm: MemoryLLM) -> None:
+    """vLLM marks structured outputs in place, and a repeat would be another request."""
+    params = greedy(1, structured_outputs=StructuredOutputsParams(choice=["w9"]), detokenize=True)
+    before = copy.deepcopy(params)
+    run(llm, [5, 6], None, params)
+    assert params == before
+    for replayed in (False, True):
+        output, _ = run(llm, [[5, 6], [5, 6]], [named("a"), None], params)
+        assert output.memory.replayed == replayed
+        assert params == before
 
 
 def test_a_call_leaves_the_messages_that_it_was_given_as_they_are(llm: MemoryLLM) -> None:

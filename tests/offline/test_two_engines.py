@@ -3,6 +3,9 @@
 An engine that is shut down takes the process's groups along, so these tests come last.
 """
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +39,8 @@ from tests.offline.runs import (
     write,
 )
 
+ROOT = Path(__file__).parents[2]
+
 
 def test_turns_are_the_same_with_the_engine_in_another_process(
     llm: MemoryLLM, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
@@ -63,6 +68,33 @@ def test_turns_are_the_same_with_the_engine_in_another_process(
         assert set(other.sessions) == {"moved", "new", *(memory.session for memory in stopping)}
         for name, snapshot in other.sessions.items():
             assert_same_session(snapshot, llm.sessions[name])
+
+
+def test_an_engine_that_was_let_go_makes_room_for_the_next(checkpoint: Path) -> None:
+    """In one process; also if only the garbage collector can tell, and vLLM froze it."""
+    program = f"""
+from deltamem_vllm import Memory, MemoryLLM
+from tests.offline.runs import CASE, ENGINE, run
+first = MemoryLLM({str(checkpoint)!r}, str(CASE / "adapter"), **ENGINE)
+first.itself = first
+del first
+second = MemoryLLM({str(checkpoint)!r}, str(CASE / "adapter"), **ENGINE)
+print(run(second, [[5, 6]], Memory(session="a"))[0].memory.version, "version")
+second.close()
+third = MemoryLLM({str(checkpoint)!r}, str(CASE / "adapter"), **ENGINE)
+print(run(third, [[5, 6]], Memory(session="a"))[0].memory.version, "version")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("1 version") == 2
 
 
 # A server at the same store
