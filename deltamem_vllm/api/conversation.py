@@ -107,12 +107,12 @@ class Conversations:
         body: dict[str, Any],
         memory: Memory,
         key: SessionKey,
-        record: SessionRecord | None,
+        versions: tuple[SessionRecord, ...],
     ) -> Plan:
-        """Plan a turn that only reads `record`; see `plan_writing`."""
+        """Plan a turn that only reads, the newest of `versions` unless its window goes back to
+        another; see `plan_writing`."""
         if memory.window is None or not isinstance(request, MemoryChatRequest):
-            return Plan(request, record)
-        versions = () if record is None else (record,)
+            return Plan(request, versions[0] if versions else None)
         return await self._fold(request, body, memory, key, versions, writes=False)
 
     async def ingested(

@@ -44,6 +44,9 @@ class EngineTurn:
         """Prompt tokens as the client counts them: without pending ones."""
 
         self.num_generated = 0
+        self.num_running = 0
+        """Of a reading turn's requests: one for each prompt."""
+
         self.is_bound = False
 
     @property
@@ -104,6 +107,7 @@ class EngineDoor:
             raise _lora_changed()
         if start.args.ticket is None:
             params = start.params(sampling_params)
+            turn.num_running += 1
             outputs = self._generate(prompt, params, request_id, **kwargs)
             return _watched(outputs, turn, params.output_kind)
         if turn.is_bound:
@@ -246,5 +250,6 @@ async def _watched(
         turn.num_generated += num_generated - generated
         shown, generated = num_shown, num_generated
         if output.finished:
-            turn.finished = True
+            turn.num_running -= 1
+            turn.finished = turn.num_running == 0
         yield output

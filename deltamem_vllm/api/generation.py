@@ -144,15 +144,15 @@ class Generation:
     # Turns that do not write
 
     async def _read(self, asked: _Asked) -> Response:
-        record = await self._service.turns.read(asked.key, asked.memory.version)
+        versions = await self._service.turns.read(asked.key, asked.memory)
         plan = await self._conversations.plan_reading(
-            asked.request, asked.body, asked.memory, asked.key, record
+            asked.request, asked.body, asked.memory, asked.key, versions
         )
-        content = None if record is None else record.content
+        content = None if plan.base is None else plan.base.content
         report = MemoryReport(
             session=asked.key.name,
             mode="read_only",
-            version=0 if record is None else record.version,
+            version=plan.base_version,
             tokens_written=0 if content is None else content.tokens_written,
             tokens_pending=0 if content is None else len(content.pending_token_ids),
             prompt_tokens_saved=plan.tokens_saved,

@@ -1,6 +1,7 @@
 """Lines of turns that wait for the same session, first come first served."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from deltamem_vllm.api import metrics
@@ -12,8 +13,17 @@ from deltamem_vllm.sessions import SessionKey
 class _Line:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     waiting: int = 0
-    turn_name: str | None = None
+    place: "Place | None" = None
     """Of the turn that runs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A running turn's, at the head of its line."""
+
+    key: SessionKey
+    line: _Line
+    turn_name: str | None
 
 
 class TurnQueue:
@@ -34,8 +44,8 @@ class TurnQueue:
 
     async def enter(
         self, key: SessionKey, *, turn_name: str | None, wait: bool, deadline: float
-    ) -> None:
-        """Wait until no other turn of this process runs on the session.
+    ) -> Place:
+        """Wait until no other turn of this process runs on the session; `leave` it at the end.
 
         Args:
             key: the session.
@@ -50,7 +60,8 @@ class TurnQueue:
         """
         line = self._lines.setdefault(key, _Line())
         if line.lock.locked() or line.waiting:
-            is_repeat = turn_name is not None and turn_name == line.turn_name
+            running = None if line.place is None else line.place.turn_name
+            is_repeat = turn_name is not None and turn_name == running
             if not (wait or is_repeat):
                 raise busy(key)
             if line.waiting >= self._max_waiting or self._waiting_total >= self._max_waiting_total:
@@ -70,14 +81,25 @@ class TurnQueue:
             line.waiting -= 1
             self._waiting_total -= 1
             self._drop_if_unused(key, line)
-        line.turn_name = turn_name
+        line.place = Place(key, line, turn_name)
+        return line.place
 
-    def leave(self, key: SessionKey) -> None:
-        """Let the next turn in."""
-        line = self._lines[key]
+    def leave(self, place: Place) -> None:
+        """Let the next turn in; does nothing for a turn that was put out."""
+        line = place.line
+        if line.place is not place:
+            return
+        line.place = None
         line.lock.release()
-        line.turn_name = None
-        self._drop_if_unused(key, line)
+        self._drop_if_unused(place.key, line)
+
+    def put_out(self, lost: Callable[[SessionKey], bool]) -> None:
+        """Let the next turns in although a turn runs, of sessions for which `lost` is true: the
+        store lets it write no more."""
+        running = [line.place for line in self._lines.values() if line.place is not None]
+        for place in running:
+            if lost(place.key):
+                self.leave(place)
 
     def _drop_if_unused(self, key: SessionKey, line: _Line) -> None:
         if not line.waiting and not line.lock.locked():

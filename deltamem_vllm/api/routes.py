@@ -160,9 +160,7 @@ async def delete_sessions(raw_request: Request, all: bool = False) -> TenantDele
     if not all:
         raise MemoryRequestError("this deletes all of the tenant's sessions: add ?all=true.")
     tenant = service.tenant(raw_request)
-    return TenantDeleted(
-        sessions=await service.turns.call(service.turns.store.delete_tenant, tenant)
-    )
+    return TenantDeleted(sessions=await service.turns.delete_tenant(tenant))
 
 
 @session_router.post("/{session:session}/fork")
@@ -264,5 +262,4 @@ async def delete_session(session: str, raw_request: Request, model: Model = None
     """Delete a session for good, a running turn or not."""
     service = service_of(raw_request)
     key = (await service.scope(raw_request, model)).key(session)
-    deleted = await service.turns.call(service.turns.store.delete, key)
-    return Deleted(session=session, deleted=deleted)
+    return Deleted(session=session, deleted=await service.turns.delete(key))

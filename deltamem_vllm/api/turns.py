@@ -14,7 +14,7 @@ from typing import Any, Final, ParamSpec, TypeVar
 import msgspec
 
 from deltamem_vllm.api import metrics
-from deltamem_vllm.api.queue import TurnQueue, busy
+from deltamem_vllm.api.queue import Place, TurnQueue, busy
 from deltamem_vllm.errors import (
     ConflictError,
     SessionBusyError,
@@ -62,6 +62,9 @@ class WritingTurn:
     """A turn that has its session to itself."""
 
     lease: Lease
+    place: Place
+    """In the line of this process."""
+
     versions: tuple[SessionRecord, ...]
     """The session's kept versions, newest first; the current one alone if the turn has no window,
     and so cannot grow out of an older one."""
@@ -114,23 +117,40 @@ class SessionTurns:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, lambda: function(*args, **kwargs))
 
-    async def read(self, key: SessionKey, version: int | None) -> SessionRecord | None:
-        """What a turn that only reads finds: the current version, or exactly `version`.
+    async def read(self, key: SessionKey, memory: Memory) -> tuple[SessionRecord, ...]:
+        """The versions that a turn which only reads may read, newest first.
+
+        These are all that are kept if the turn has a window, and so may go back to an older one;
+        else the current one, or exactly the one asked for.
 
         Returns:
-            None for the empty memory: of an absent session, and of version 0.
+            Nothing for the empty memory: of an absent session, and of version 0.
 
         Raises:
             SessionNotFoundError: no such version.
         """
-        if version == 0:
-            return None
+        if memory.version == 0:
+            return ()
+        if memory.window is not None and memory.version is None:
+            return await self._load(self.store.versions, key)
         try:
-            return await self._load(self.store.get, key, version)
+            return (await self._load(self.store.get, key, memory.version),)
         except SessionNotFoundError:
-            if version is not None:
+            if memory.version is not None:
                 raise
-            return None
+            return ()
+
+    async def delete(self, key: SessionKey) -> bool:
+        """See `SessionStore.delete`. Turns that wait do not wait for one that lost its session."""
+        deleted = await self.call(self.store.delete, key)
+        self._queue.put_out(lambda other: other == key)
+        return deleted
+
+    async def delete_tenant(self, tenant: str) -> int:
+        """See `SessionStore.delete_tenant`, and `delete`."""
+        deleted = await self.call(self.store.delete_tenant, tenant)
+        self._queue.put_out(lambda key: key.tenant == tenant)
+        return deleted
 
     async def open(self, key: SessionKey, memory: Memory, turn_name: str | None) -> WritingTurn:
         """Wait for the session and take its lease. `close` the turn whatever happens.
@@ -150,13 +170,13 @@ class SessionTurns:
         deadline = loop.time() + max_wait
         wait = memory.on_busy == "wait"
         with metrics.LEASE_WAIT.time():
-            await self._queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
+            place = await self._queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
             try:
                 lease = await self._acquire(key, deadline if wait else None)
             except BaseException:
-                self._queue.leave(key)
+                self._queue.leave(place)
                 raise
-        turn = WritingTurn(lease, ())
+        turn = WritingTurn(lease, place, ())
         try:
             if lease.version:
                 if memory.window is None:
@@ -231,7 +251,7 @@ class SessionTurns:
         self._keeper.forget(turn.lease)
         if turn.is_open:
             turn.is_open = False
-            self._queue.leave(turn.lease.key)
+            self._queue.leave(turn.place)
         return record
 
     async def close(self, turn: WritingTurn) -> None:
@@ -250,7 +270,7 @@ class SessionTurns:
         except StoreError as error:
             logger.warning("delta-mem: a lease was not given back and runs out: %s", error)
         finally:
-            self._queue.leave(turn.lease.key)
+            self._queue.leave(turn.place)
 
     async def shut_down(self) -> None:
         """Wait for running store calls and close the store."""

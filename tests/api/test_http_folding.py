@@ -231,3 +231,30 @@ def test_a_reply_of_another_version_is_not_given_again(
         report = chat(client, history, seed=seed, **fields).model_extra["memory"]
         made.append((report["version"], report["replayed"]))
     assert made == [(1, False), (2, False), (3, False), (3, True)]
+
+
+def test_a_reader_goes_back_to_the_version_that_fits(client: openai.OpenAI) -> None:
+    """As a writer does; the newest version holds the very question's answer."""
+    window = {"messages": 2}
+
+    def read(messages: Sequence[Any], session: str, **fields: Any) -> tuple[int, list[float]]:
+        asked = memory(session, mode="read_only", window=window, **fields)
+        reply = chat(client, messages, logprobs=True, **asked)
+        logprobs = [token.logprob for token in reply.choices[0].logprobs.content]
+        return reply.model_extra["memory"]["version"], logprobs
+
+    history: list[Any] = []
+    for number in range(3):
+        history.append({"role": "user", "content": said(110 + number, 9)})
+        reply = chat(client, history, **memory("goes-back", window=window))
+        history.append({"role": "assistant", "content": reply.choices[0].message.content})
+    for number in range(3):
+        again = history[: 2 * number + 1]
+        version, logprobs = read(again, "goes-back")
+        assert version == number
+        assert logprobs == pytest.approx(read(again, "goes-back", version=number)[1], abs=1e-4)
+
+    other = [{"role": "user", "content": said(120, 9)}]
+    version, logprobs = read(other, "goes-back", on_divergence="reset")
+    assert version == 0
+    assert logprobs == pytest.approx(read(other, "nobody-here")[1], abs=1e-4)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
@@ -263,3 +264,36 @@ def test_read_only_reads_exactly_the_version_asked_for(client: openai.OpenAI) ->
         assert reply.memory is not None and reply.memory["version"] == version
     empty = ask(client, COMPLETION, {"session": absent, "mode": "read_only"}, max_tokens=12)
     assert empty.token_ids == answers[0]
+
+
+def test_a_deleted_session_does_not_wait_for_the_turn_that_lost_it(
+    client: openai.OpenAI, server: Server, store: SessionStore
+) -> None:
+    session = new_name()
+    ask(client, COMPLETION, {"session": session})
+    before = record_of(store, session)
+    with running_turn(client, session):
+        answer = httpx.delete(f"{server.url}/v1/memory/sessions/{session}", timeout=60)
+        assert answer.json()["deleted"]
+        reply = ask(client, COMPLETION, {"session": session, "on_busy": "conflict"}, max_tokens=1)
+    assert reply.memory is not None
+    assert reply.memory["version"] == 1
+    assert record_of(store, session).incarnation != before.incarnation
+
+
+def test_a_stream_of_several_answers_holds_back_only_its_end(client: openai.OpenAI) -> None:
+    """The last answer to end carries the memory; holding back from the first would delay others."""
+    prompts, off = [COMPLETION, NEXT_COMPLETION], {"mode": "off"}
+    long, short = (ask(client, prompt, off, max_tokens=60).token_ids for prompt in prompts)
+    stop = next(token for token in short[2:] if token not in long)
+    with client.completions.create(
+        model=MODEL,
+        prompt=prompts,
+        max_tokens=60,
+        temperature=0,
+        stream=True,
+        extra_body={"memory": off, "stop_token_ids": [stop]},
+    ) as events:
+        ends = [event for event in events if event.choices[0].finish_reason is not None]
+    assert [end.choices[0].index for end in ends] == [1, 0]
+    assert ["memory" in end.model_dump() for end in ends] == [False, True]

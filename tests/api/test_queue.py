@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from deltamem_vllm.api.problems import problem_response
-from deltamem_vllm.api.queue import TurnQueue
+from deltamem_vllm.api.queue import Place, TurnQueue
 from deltamem_vllm.errors import QueueFullError, SessionBusyError
 from deltamem_vllm.sessions import SessionKey
 
@@ -22,12 +22,12 @@ async def enter(
     turn_name: str | None = None,
     wait: bool = True,
     seconds: float = LATE,
-) -> None:
+) -> Place:
     deadline = asyncio.get_running_loop().time() + seconds
-    await queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
+    return await queue.enter(key, turn_name=turn_name, wait=wait, deadline=deadline)
 
 
-async def let_wait(*turns: Awaitable[None]) -> list["asyncio.Future[None]"]:
+async def let_wait(*turns: Awaitable[Place]) -> list["asyncio.Future[Place]"]:
     """Start turns in this order, and let each come as far as it gets."""
     tasks = []
     for turn in turns:
@@ -48,11 +48,11 @@ def test_turns_of_a_session_run_one_by_one_in_the_order_they_came() -> None:
         queue, order = TurnQueue(9, 9), []
 
         async def turn(number: int) -> None:
-            await enter(queue)
+            place = await enter(queue)
             order.append(number)
             await asyncio.sleep(0)
             assert order[-1] == number, "another turn ran beside this one"
-            queue.leave(KEY)
+            queue.leave(place)
 
         await asyncio.gather(*(turn(number) for number in range(9)))
         assert order == list(range(9))
@@ -73,14 +73,14 @@ def test_sessions_do_not_wait_for_each_other() -> None:
 def test_one_turn_more_than_may_wait_is_refused(per_session: int, in_all: int) -> None:
     async def test() -> None:
         queue = TurnQueue(per_session, in_all)
-        await enter(queue)
+        running = await enter(queue)
         waiting = await let_wait(enter(queue), enter(queue))
         with pytest.raises(QueueFullError, match="2 turns wait for session 'a'") as refusal:
             await enter(queue)
         answer = problem_response(refusal.value)
         assert answer.status_code == 429
         assert answer.headers["retry-after"]
-        queue.leave(KEY)
+        queue.leave(running)
         await waiting[0]
         await let_wait(enter(queue))  # there is room again
 
@@ -90,9 +90,9 @@ def test_one_turn_more_than_may_wait_is_refused(per_session: int, in_all: int) -
 def test_a_turn_that_does_not_wait_is_refused_also_while_the_session_changes_hands() -> None:
     async def test() -> None:
         queue = TurnQueue(9, 9)
-        await enter(queue)
+        running = await enter(queue)
         await let_wait(enter(queue))
-        queue.leave(KEY)  # the waiting turn has not run yet
+        queue.leave(running)  # the waiting turn has not run yet
         with pytest.raises(SessionBusyError, match="another turn runs on session 'a'"):
             await enter(queue, wait=False)
 
@@ -102,14 +102,14 @@ def test_a_turn_that_does_not_wait_is_refused_also_while_the_session_changes_han
 def test_a_turn_gives_up_at_its_deadline_and_leaves_the_line() -> None:
     async def test() -> None:
         queue = TurnQueue(1, 1)
-        await enter(queue)
+        running = await enter(queue)
         for _ in range(3):  # each takes the only place in the line
             with pytest.raises(SessionBusyError):
                 await enter(queue, seconds=SOON)
         (cancelled,) = await let_wait(enter(queue))
         cancelled.cancel()
         await asyncio.gather(cancelled, return_exceptions=True)
-        queue.leave(KEY)
+        queue.leave(running)
         await enter(queue, seconds=0)
 
     run(test)
@@ -118,12 +118,33 @@ def test_a_turn_gives_up_at_its_deadline_and_leaves_the_line() -> None:
 def test_a_repeat_of_the_running_turn_waits_whatever_it_says() -> None:
     async def test() -> None:
         queue = TurnQueue(9, 9)
-        await enter(queue, turn_name="t")
+        running = await enter(queue, turn_name="t")
         (repeat,) = await let_wait(enter(queue, turn_name="t", wait=False))
         with pytest.raises(SessionBusyError):
             await enter(queue, turn_name="u", wait=False)
         assert not repeat.done()
-        queue.leave(KEY)
+        queue.leave(running)
         await repeat
+
+    run(test)
+
+
+def test_turns_do_not_wait_for_one_that_was_put_out() -> None:
+    async def test() -> None:
+        queue = TurnQueue(9, 9)
+        lost, other = await enter(queue), await enter(queue, OTHER)
+        first, second = await let_wait(enter(queue), enter(queue))
+        queue.put_out(lambda key: key == KEY)
+        place = await first
+        assert not second.done()
+        queue.leave(lost)  # ends late, and lets nobody in
+        await asyncio.sleep(0)
+        assert not second.done()
+        queue.leave(place)
+        await second
+        with pytest.raises(SessionBusyError):
+            await enter(queue, OTHER, wait=False)
+        queue.leave(other)
+        await enter(queue, OTHER, wait=False)
 
     run(test)
