@@ -157,6 +157,8 @@ def _problem_of(body: bytes, path: str) -> str | None:
         asked = json.loads(body)
     except ValueError:
         return None  # the route's own answer is better
+    except RecursionError:
+        return "the body nests too deep to be read."
     if not isinstance(asked, dict):
         return None
     takes_memory = path in MEMORY_PATHS or path.startswith(OUR_PREFIX)

@@ -58,6 +58,9 @@ class _OurRoute(APIRoute):
                 return await handle(request)
             except DeltaMemError as error:
                 return problem_response(error)
+            except RecursionError:
+                # Messages, arguments of calls, definitions of tools: wherever they are walked.
+                return problem_response(MemoryRequestError("the body nests too deep."))
             except StarletteHTTPException as error:
                 # vLLM's handler is for FastAPI's class, but FastAPI raises the one behind it.
                 raise HTTPException(error.status_code, error.detail) from error
