@@ -69,8 +69,8 @@ class Gatekeeper:
     """ASGI middleware: reads bodies first, and refuses what routes would let pass.
 
     Routes that are not ours know no memory, and some hand a request's extra arguments to the engine
-    unseen. Ours take no further fields, so their bodies are not parsed here; they are read no further
-    than the server takes one.
+    unseen. Ours take no further fields, so their bodies are not parsed here; they are read no
+    further than the server takes one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
