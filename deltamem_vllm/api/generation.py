@@ -19,6 +19,7 @@ from deltamem_vllm.api import replies
 from deltamem_vllm.api.conversation import Plan
 from deltamem_vllm.api.door import EngineTurn
 from deltamem_vllm.api.folding import check_foldable
+from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.problems import problem_event, problem_response
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
@@ -220,7 +221,7 @@ class Generation:
             writing = service.ingester.write(
                 content,
                 list(plan.ingest),
-                segment_tokens=service.ingester.segment_tokens(content),
+                segment_tokens=segment_size(content, None, service.settings.segment_tokens),
                 scope=asked.scope.cache,
                 lora_request=asked.scope.lora,
             )

@@ -69,7 +69,8 @@ class Gatekeeper:
     """ASGI middleware: reads bodies first, and refuses what routes would let pass.
 
     Routes that are not ours know no memory, and some hand a request's extra arguments to the engine
-    unseen. For ours, a body is read no further than the server takes one.
+    unseen. Ours take no further fields, so their bodies are not parsed here; they are read no
+    further than the server takes one.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -80,14 +81,15 @@ class Gatekeeper:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        limit = _limit(scope) if path.startswith(OUR_PREFIX) else None
+        is_ours = path.startswith(OUR_PREFIX)
+        limit = _limit(scope) if is_ours else None
         has_json = "json" in Headers(scope=scope).get("content-type", "").lower()
-        if limit is None and not has_json:
+        if not (is_ours or has_json):
             await self._app(scope, receive, send)
             return
         try:
             messages = await _read(scope, receive, limit)
-            if has_json:
+            if not is_ours:
                 _check(b"".join(message.get("body", b"") for message in messages), path)
         except DeltaMemError as error:
             if isinstance(error, TooLargeError):
@@ -157,10 +159,11 @@ def _problem_of(body: bytes, path: str) -> str | None:
         asked = json.loads(body)
     except ValueError:
         return None  # the route's own answer is better
+    except RecursionError:
+        return "the body nests too deep to be read."
     if not isinstance(asked, dict):
         return None
-    takes_memory = path in MEMORY_PATHS or path.startswith(OUR_PREFIX)
-    if not takes_memory and asked.get(MEMORY_FIELD) is not None:
+    if path not in MEMORY_PATHS and asked.get(MEMORY_FIELD) is not None:
         return (
             f"{path} knows no memory. Use {' or '.join(MEMORY_PATHS)}, or leave the field "
             f"{MEMORY_FIELD!r} out."

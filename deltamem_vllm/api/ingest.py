@@ -68,7 +68,11 @@ def ingest_report(
 
 
 def segment_size(content: SessionContent | None, asked: int | None, default: int) -> int:
-    """See `Ingester.segment_tokens`."""
+    """Tokens per segment of a session; fixed by its first ingest.
+
+    Raises:
+        MemoryRequestError: `asked` is another number.
+    """
     chosen = None if content is None else content.metadata.get(SEGMENT_TOKENS)
     if chosen is not None and asked not in (None, chosen):
         raise MemoryRequestError(
@@ -92,25 +96,13 @@ class Ingester:
     Args:
         door: into the engine.
         shape: the adapter's states.
-        default_segment: tokens per request, for sessions that did not choose.
         max_segment: tokens that the engine takes in one request.
     """
 
-    def __init__(
-        self, door: EngineDoor, shape: StateShape, default_segment: int, max_segment: int
-    ) -> None:
+    def __init__(self, door: EngineDoor, shape: StateShape, max_segment: int) -> None:
         self._door = door
         self._shape = shape
-        self._default_segment = default_segment
         self._max_segment = max_segment
-
-    def segment_tokens(self, content: SessionContent | None, asked: int | None = None) -> int:
-        """Tokens per segment of a session; fixed by its first ingest.
-
-        Raises:
-            MemoryRequestError: `asked` is another number.
-        """
-        return segment_size(content, asked, self._default_segment)
 
     async def write(
         self,
@@ -126,7 +118,7 @@ class Ingester:
         Args:
             content: the session; None for an empty memory.
             tokens: to be written, all of them.
-            segment_tokens: see the method.
+            segment_tokens: see `segment_size`.
             scope: see `begin`.
             engine_kwargs: further arguments of the engine client's `generate`.
 

@@ -12,7 +12,14 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
 from deltamem_vllm.api import metrics
-from deltamem_vllm.api.ingest import SOURCES, asked_hash, check_same, ingest_report, reply_name
+from deltamem_vllm.api.ingest import (
+    SOURCES,
+    asked_hash,
+    check_same,
+    ingest_report,
+    reply_name,
+    segment_size,
+)
 from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.problems import problem_event
 from deltamem_vllm.api.replies import DONE, EVENT
@@ -107,7 +114,7 @@ class Ingests:
             )
         base = None if job.body.replace else turn.current
         content = None if base is None else base.content
-        size = self._service.ingester.segment_tokens(content, job.body.segment_tokens)
+        size = segment_size(content, job.body.segment_tokens, self._service.settings.segment_tokens)
         tokens, chain = await self._source(job, model)
         if not tokens:
             raise MemoryRequestError("there is no token in it to write.")

@@ -27,9 +27,11 @@ from deltamem_vllm.api.schemas import (
     TenantDeleted,
 )
 from deltamem_vllm.api.service import MemoryService
+from deltamem_vllm.api.turns import SessionTurns
 from deltamem_vllm.engine.compat import load_aware_call, validate_json_request, with_cancellation
-from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
+from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, SessionNotFoundError
 from deltamem_vllm.portable import check_vocabulary, export_record, import_content
+from deltamem_vllm.sessions import SessionKey
 
 SNAPSHOT_TYPE = "application/vnd.safetensors"
 
@@ -58,6 +60,9 @@ class _OurRoute(APIRoute):
                 return await handle(request)
             except DeltaMemError as error:
                 return problem_response(error)
+            except RecursionError:
+                # Messages, arguments of calls, definitions of tools: wherever they are walked.
+                return problem_response(MemoryRequestError("the body nests too deep."))
             except StarletteHTTPException as error:
                 # vLLM's handler is for FastAPI's class, but FastAPI raises the one behind it.
                 raise HTTPException(error.status_code, error.detail) from error
@@ -127,6 +132,18 @@ async def _answer(request: GenerationRequest, raw_request: Request, generate: An
     return await Generation(service_of(raw_request)).answer(request, raw_request, run)
 
 
+async def detail_of(turns: SessionTurns, key: SessionKey) -> SessionDetail:
+    """A session and its kept versions.
+
+    Raises:
+        SessionNotFoundError: there is none; it may have been deleted a moment ago.
+    """
+    versions = await turns.call(turns.store.versions, key)
+    if not versions:
+        raise SessionNotFoundError(f"session {key.name!r} does not exist any more.")
+    return SessionDetail.of(versions)
+
+
 @session_router.get("")
 async def list_sessions(
     raw_request: Request,
@@ -182,7 +199,7 @@ async def roll_back_session(
     service = service_of(raw_request)
     key = (await service.scope(raw_request, model)).key(session)
     await service.turns.call(service.turns.store.rollback, key, body.version)
-    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
+    return await detail_of(service.turns, key)
 
 
 @session_router.post(
@@ -254,7 +271,7 @@ async def get_session(session: str, raw_request: Request, model: Model = None) -
     service = service_of(raw_request)
     key = (await service.scope(raw_request, model)).key(session)
     await service.turns.call(service.turns.store.get, key)  # says what is missing
-    return SessionDetail.of(await service.turns.call(service.turns.store.versions, key))
+    return await detail_of(service.turns, key)
 
 
 @session_router.delete("/{session:session}")

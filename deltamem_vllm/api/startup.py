@@ -96,7 +96,7 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         ),
         door=door,
         # One token stays for the request's own answer.
-        ingester=Ingester(door, shape, settings.segment_tokens, max_model_len - 1),
+        ingester=Ingester(door, shape, max_model_len - 1),
         renderer=renderer,
         conversations=Conversations(renderer, settings.hash_secret.get_secret_value().encode()),
         tenants=TenantResolver(settings),

@@ -201,6 +201,23 @@ def test_a_chat_without_a_window_is_not_dropped_by_a_history_without_it(
     assert (report["version"], report["parent_version"]) == (3, 2)
 
 
+@pytest.mark.parametrize("depth", [300, 600])
+def test_messages_that_nest_too_deep_are_the_clients_error(server: Server, depth: int) -> None:
+    arguments: Any = {}
+    for _ in range(depth):
+        arguments = [arguments]
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    messages = [
+        {"role": "user", "content": "w10"},
+        {"role": "assistant", "content": "w11", "tool_calls": [call]},
+        {"role": "user", "content": "w12"},
+    ]
+    for memory in ({"session": "deep", "window": {"messages": 1}}, {"session": "deep"}):
+        body = {"model": MODEL, "messages": messages, "memory": memory}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
+
+
 def test_a_history_with_tool_calls_is_folded_and_its_repeat_is_known(
     client: openai.OpenAI, store: SessionStore
 ) -> None:
