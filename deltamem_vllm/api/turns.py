@@ -5,7 +5,6 @@ Stores block, so every call runs on a pool of threads; the event loop never wait
 
 import asyncio
 import logging
-import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,16 +30,12 @@ from deltamem_vllm.sessions import (
     SessionStore,
     Turn,
 )
-from deltamem_vllm.sessions.keeper import LeaseKeeper
+from deltamem_vllm.sessions.keeper import LeaseKeeper, pauses
 
 logger = logging.getLogger(__name__)
 
 STORE_THREADS: Final = 64
 """Store calls of one process at a time; SQLite commits what arrives together in one go."""
-
-FIRST_PAUSE_S: Final = 0.01
-MAX_PAUSE_S: Final = 0.25
-"""Between attempts to get a lease that another process holds."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -298,7 +293,7 @@ class SessionTurns:
     async def _acquire(self, key: SessionKey, deadline: float | None) -> Lease:
         """Take the lease, again and again until `deadline`; None: once."""
         loop = asyncio.get_running_loop()
-        pause = FIRST_PAUSE_S
+        pause = pauses()
         while True:
             acquiring = asyncio.ensure_future(self.call(self._keeper.acquire, key))
             try:
@@ -309,9 +304,7 @@ class SessionTurns:
             except SessionBusyError:
                 if deadline is None or loop.time() >= deadline:
                     raise busy(key) from None
-            # Not in step with other waiters.
-            await asyncio.sleep(min(pause * random.uniform(0.5, 1), deadline - loop.time()))
-            pause = min(2 * pause, MAX_PAUSE_S)
+            await asyncio.sleep(min(next(pause), deadline - loop.time()))
 
     def _give_back(self, acquiring: "asyncio.Future[Lease]") -> None:
         if not acquiring.cancelled() and acquiring.exception() is None:

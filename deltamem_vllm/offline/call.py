@@ -1,7 +1,6 @@
 """The sessions of one call: leased at its beginning, read, written when all of it has ended."""
 
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,14 +25,10 @@ from deltamem_vllm.sessions import (
     SessionStore,
     Turn,
 )
-from deltamem_vllm.sessions.keeper import LeaseKeeper
+from deltamem_vllm.sessions.keeper import LeaseKeeper, pauses
 from deltamem_vllm.sessions.store import advanced
 
 logger = logging.getLogger(__name__)
-
-FIRST_PAUSE_S: Final = 0.01
-MAX_PAUSE_S: Final = 0.25
-"""Between attempts to get a lease that another process holds."""
 
 NAMES_SHOWN: Final = 10
 
@@ -257,15 +252,14 @@ class CallSessions:
             left = left[busy + 1 :]
 
     def _wait_for(self, key: SessionKey, deadline: float) -> None:
-        pause = FIRST_PAUSE_S
+        pause = pauses()
         while not self._try(key):
             left = deadline - time.monotonic()
             if left <= 0:
                 raise SessionBusyError(
                     f"session {key.name!r} is in another turn. Nothing of this call was run."
                 )
-            time.sleep(min(pause * random.uniform(0.5, 1), left))
-            pause = min(2 * pause, MAX_PAUSE_S)
+            time.sleep(min(next(pause), left))
 
     def _try(self, key: SessionKey) -> bool:
         """Take one lease; whether it was free."""

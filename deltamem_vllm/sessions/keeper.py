@@ -1,8 +1,9 @@
 """Leases that are renewed for as long as somebody needs them."""
 
 import logging
+import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -14,6 +15,18 @@ logger = logging.getLogger(__name__)
 
 RENEWALS: Final = 32
 """Leases that are renewed at a time."""
+
+FIRST_PAUSE_S: Final = 0.01
+MAX_PAUSE_S: Final = 0.25
+"""Between attempts to get a lease that another process holds."""
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between attempts to get a lease that another process holds, without end."""
+    pause = FIRST_PAUSE_S
+    while True:
+        yield pause * random.uniform(0.5, 1)  # not in step with other waiters
+        pause = min(2 * pause, MAX_PAUSE_S)
 
 
 class LeaseKeeper:
