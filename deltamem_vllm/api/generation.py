@@ -208,7 +208,7 @@ class Generation:
         if asked.memory.version not in (None, version):
             raise ConflictError(
                 f"session {asked.key.name!r} is at version {version}, not "
-                f"{asked.memory.version}: another turn came first. Nothing was written."
+                f"{asked.memory.version}. Nothing was written."
             )
         plan = await self._conversations.plan_writing(
             asked.request, asked.body, asked.memory, asked.key, turn.versions

@@ -157,6 +157,21 @@ class CallSessions:
             self.load([(key, version)])
         return self._read[key, version]
 
+    def back_from(self, newest: SessionRecord) -> tuple[SessionRecord, ...]:
+        """What `reading` found, and the versions kept before it, newest first."""
+        key = newest.key
+        made = [one.record for one in self._written[key].commits] if key in self._written else []
+        known = [newest, *(one for one in reversed(made) if one.version < newest.version)]
+        (stored,) = self._map(self._store.versions, [key])
+        return (
+            *known,
+            *(
+                one
+                for one in stored
+                if one.version < known[-1].version and one.incarnation == newest.incarnation
+            ),
+        )
+
     def write(
         self,
         key: SessionKey,

@@ -200,13 +200,15 @@ class Turns:
                     "delta-mem: a session that does not exist is read; read_only reads an empty "
                     "memory then, and its output's memory says version 0"
                 )
-            return () if record is None else (record,)
+            if record is None or memory.window is None or memory.version is not None:
+                return () if record is None else (record,)
+            return self._sessions.back_from(record)
         version = self._sessions.version(key)
         # After a turn that was broken off, the session is not at what a later one names.
         if memory.version not in (None, version) and not self._sessions.is_broken(key):
             raise ConflictError(
-                f"session {key.name!r} is at version {version}, not {memory.version}: another "
-                "turn came first. Nothing was written."
+                f"session {key.name!r} is at version {version}, not {memory.version}. Nothing was "
+                "written."
             )
         return self._sessions.versions(key)
 

@@ -37,7 +37,7 @@ class LeaseKeeper:
 
     Args:
         store: where the leases are.
-        owner: says who holds them, in logs and errors.
+        owner: says who holds them, see `Lease`.
         seconds: how long a lease lasts without renewal, and so how long a session stays locked
             after its holder died.
         is_alive: whether what leases are held for can still end; if not, they run out.

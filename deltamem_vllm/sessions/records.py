@@ -101,7 +101,7 @@ class Lease:
 
     key: SessionKey
     owner: str
-    """Says who holds it, in logs and errors."""
+    """Says who holds it to whoever looks into the store; clients are not told."""
 
     token: int
     """Fencing token: grows with every lease of the key, across incarnations."""

@@ -395,9 +395,7 @@ def _refuse(answer: Answer, key: SessionKey, version: int | None = None) -> NoRe
         case b"exists":
             raise SessionExistsError(f"{session} is there already; delete it, or choose a name.")
         case b"busy":
-            raise SessionBusyError(
-                f"{session} is in a turn of {details[0].decode()!r}; try again when it is done."
-            )
+            raise SessionBusyError(f"{session} is in a turn; try again when it is done.")
         case b"deleted":
             raise ConflictError(f"{session} was deleted or expired since the turn began.")
         case b"taken":

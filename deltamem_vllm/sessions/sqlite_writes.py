@@ -44,7 +44,7 @@ def acquire(
     """See `SessionStore.acquire`."""
     found = find(tx, key)
     if found.leased(tx.now):
-        raise SessionBusyError(f"session {key.name!r} is in a turn of {found.owner}.")
+        raise SessionBusyError(f"session {key.name!r} is in a turn; try again when it is done.")
     if found.session is None:
         check_session_quota(tx, options, key, found.tenant)
     place = place_of(tx, key, found)
@@ -167,11 +167,9 @@ def check_lease(tx: Transaction, found: Found, lease: Lease) -> None:
     if tx.execute(
         "SELECT 1 FROM tombstones WHERE incarnation = ?", (lease.incarnation,)
     ).fetchone():
-        raise ConflictError(f"session {name!r} was deleted while {lease.owner} had its lease.")
+        raise ConflictError(f"session {name!r} was deleted or expired since the turn began.")
     if found.owner is not None:
-        raise ConflictError(
-            f"the lease of session {name!r} ran out, and {found.owner} took it over."
-        )
+        raise ConflictError(f"the lease of session {name!r} ran out, and another turn took it.")
     raise ConflictError(
         f"the lease of session {name!r} is over: it was given back, or ran out before the "
         "session expired or moved on."
@@ -210,9 +208,7 @@ def create(
             f"there is a session {key.name!r} already; delete it first, or take another name."
         )
     if found.leased(tx.now):
-        raise SessionBusyError(
-            f"session {key.name!r} is being made by the first turn of {found.owner}."
-        )
+        raise SessionBusyError(f"session {key.name!r} is being made by its first turn.")
     check_session_quota(tx, options, key, found.tenant)
     place = place_of(tx, key, found)
     # Of a first turn that ran out: it must not commit on top of this.
@@ -253,7 +249,7 @@ def rollback(
     found = find(tx, key)
     number, draft = read_draft(tx, found, key, version)
     if found.leased(tx.now):
-        raise SessionBusyError(f"session {key.name!r} is in a turn of {found.owner}.")
+        raise SessionBusyError(f"session {key.name!r} is in a turn; try again when it is done.")
     assert found.session is not None and found.version is not None and found.incarnation
     place = place_of(tx, key, found)
     end_lease(tx, place)

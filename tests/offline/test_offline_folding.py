@@ -131,6 +131,30 @@ def test_a_history_that_was_edited_is_refused_forked_or_forgotten(llm: MemoryLLM
     assert (forgotten.memory.version, forgotten.memory.parent_version) == (5, 0)
 
 
+def test_a_reader_goes_back_to_the_version_that_fits(llm: MemoryLLM) -> None:
+    """Also behind what the same call writes before, and does not see what comes later."""
+    window = {"messages": 2}
+    read = Memory(session="a", mode="read_only", window=window)
+    history: list[dict[str, Any]] = []
+    for number in range(3):
+        history.append(said(140 + number, 5))
+        (output,) = chat(llm, history, Memory(session="a", window=window))
+        history.append(answered(output))
+    for number in range(3):
+        (again,) = chat(llm, history[: 2 * number + 1], read)
+        assert again.memory.version == number
+        pinned = Memory(session="a", mode="read_only", window=window, version=number)
+        (same,) = chat(llm, history[: 2 * number + 1], pinned)
+        assert same.outputs[0].token_ids == again.outputs[0].token_ids
+    longer = [*history, said(150, 5)]
+    outputs = chat(
+        llm,
+        [longer, history[:3], longer],
+        [Memory(session="a", window=window), read, read],
+    )
+    assert [output.memory.version for output in outputs] == [4, 1, 3]
+
+
 def test_a_window_of_a_reader_shows_what_was_never_written(llm: MemoryLLM) -> None:
     first, second = said(100, 5), said(101, 5)
     (one,) = chat(llm, [first], Memory(session="a"))

@@ -4,7 +4,7 @@ local done = remembered()
 if done then return done end
 local id = id_of(given.name)
 local session = load(id)
-if session and leased(session) then return {'busy', session.lease.owner} end
+if session and leased(session) then return {'busy'} end
 if not alive(session) then
   local refusal = full_of_sessions(id)
   if refusal then return refusal end

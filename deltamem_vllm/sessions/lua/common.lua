@@ -199,7 +199,7 @@ end
 local function vacant(id)
   local session = load(id)
   if alive(session) then return nil, {'exists'} end
-  if session and leased(session) then return nil, {'busy', session.lease.owner} end
+  if session and leased(session) then return nil, {'busy'} end
   if session and session.version > 0 then purge(id, session) end
   return {incarnation = given.incarnation, version = 0, first = 1, bytes = 0, tokens = 0}
 end

@@ -5,7 +5,7 @@ if done then return done end
 local session = load(id)
 if not alive(session) then return {'missing'} end
 if given.version < session.first or given.version > session.version then return {'missing'} end
-if leased(session) then return {'busy', session.lease.owner} end
+if leased(session) then return {'busy'} end
 local meta = meta_of(id, given.version)
 local refusal = grow(id, session, {
   parent = given.version, bytes = meta.bytes, tokens = meta.tokens,
