@@ -411,6 +411,11 @@ def _refuse(request: GenerationRequest) -> None:
                 "chat_template with read_write memory: sessions belong to the server's template "
                 "(--chat-template). Leave it out, or use read_only."
             )
+        if isinstance(request, MemoryChatRequest) and request.truncate_prompt_tokens is not None:
+            raise MemoryRequestError(
+                "truncate_prompt_tokens with read_write memory: the session would count messages "
+                "as written that were cut off. Leave it out."
+            )
         if request.max_tokens == 0:
             raise MemoryRequestError(
                 "max_tokens=0 with read_write memory: to write without generating, use the ingest "

@@ -12,6 +12,7 @@ from deltamem_vllm.api.schemas import IngestReport, IngestRequest
 from deltamem_vllm.engine.turn import begin, segments
 from deltamem_vllm.errors import MemoryRequestError, TurnMismatchError
 from deltamem_vllm.sessions import SessionContent
+from deltamem_vllm.sessions.limits import check_name
 from deltamem_vllm.state.snapshot import StateShape
 
 SOURCES: Final = ("messages", "text", "token_ids")
@@ -29,7 +30,12 @@ def asked_hash(body: IngestRequest) -> bytes:
 
 
 def reply_name(job_id: str) -> str:
-    """Under which the report of an ingest is kept."""
+    """Under which the report of an ingest is kept.
+
+    Raises:
+        SessionError: the job's name has characters that do not print.
+    """
+    check_name("a job", job_id)
     return f"ingest:{job_id}"
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
@@ -28,9 +29,11 @@ from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
-from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError
+from deltamem_vllm.errors import BrokenOffError, ConflictError, DeltaMemError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import IngestJob, SessionKey, Turn
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ class Ingests:
         turn = usage.turn = await turns.open(key, memory, job.reply_name)
         try:
             reports = self._run(job, turn, model)
+            report = await anext(reports)  # what is refused is no stream yet
             if body.stream:
-                return TurnStream(turns, turn, _events(reports, usage), usage)
-            report = [report async for report in reports][-1]
+                return TurnStream(turns, turn, _events(report, reports, usage), usage)
+            async for last in reports:
+                report = last
         except BaseException:
             await turns.close(turn)
             raise
@@ -180,17 +185,28 @@ class Ingests:
             return await conversations.ingested(request, body.messages, job.key.tenant)
         except DeltaMemError:
             raise
-        # A template refuses conversations that it was not made for each in its own way. A stream
-        # has begun by now, and must say so itself.
+        # A template refuses conversations that it was not made for each in its own way.
         except Exception as error:
             raise MemoryRequestError(f"messages cannot be rendered: {error}") from error
 
 
-async def _events(reports: AsyncIterator[IngestReport], usage: Usage) -> AsyncIterator[str]:
+async def _events(
+    first: IngestReport, reports: AsyncIterator[IngestReport], usage: Usage
+) -> AsyncIterator[str]:
+    yield _event(first)
     try:
         async for report in reports:
-            yield f"{EVENT}{report.model_dump_json()}\n\n"
+            yield _event(report)
     except DeltaMemError as error:
         usage.fail(error)
         yield problem_event(error)
+    # A stream that has begun must say itself that the engine is dead, or shuts down.
+    except Exception as error:
+        logger.exception("delta-mem: an ingest was broken off")
+        usage.fail(error)
+        yield problem_event(BrokenOffError(f"the engine broke the ingest off: {error}"))
     yield DONE
+
+
+def _event(report: IngestReport) -> str:
+    return f"{EVENT}{report.model_dump_json()}\n\n"

@@ -8,13 +8,19 @@ import msgspec
 
 from deltamem_vllm.api.schemas import MemoryReport
 from deltamem_vllm.api.turns import KeptReply
+from deltamem_vllm.sessions.limits import check_name
 
 EVENT: Final = "data: "
 DONE: Final = "data: [DONE]\n\n"
 
 
 def given_name(name: str) -> str:
-    """Under which the reply of a turn is kept that its client named."""
+    """Under which the reply of a turn is kept that its client named.
+
+    Raises:
+        SessionError: the name has characters that do not print.
+    """
+    check_name("a turn", name)
     return f"key:{name}"
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.exceptions import HTTPException as StarletteHTTPException
@@ -60,6 +61,13 @@ class _OurRoute(APIRoute):
                 return await handle(request)
             except DeltaMemError as error:
                 return problem_response(error)
+            except RequestValidationError as error:
+                # vLLM's answer would say it twice, and in Python's words.
+                for found in error.errors():
+                    ours = found.get("ctx", {}).get("error")
+                    if isinstance(ours, MemoryRequestError):
+                        return problem_response(ours)
+                raise
             except RecursionError:
                 # Messages, arguments of calls, definitions of tools: wherever they are walked.
                 return problem_response(MemoryRequestError("the body nests too deep."))

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from deltamem_vllm.engine.compat import ChatCompletionRequest, CompletionRequest
 from deltamem_vllm.memory import Memory
@@ -192,7 +192,7 @@ class IngestRequest(_Body):
     """Definitions that `messages` were held with. As system messages, they are not written."""
 
     text: str | None = Field(default=None, min_length=1)
-    token_ids: list[int] | None = Field(default=None, min_length=1)
+    token_ids: list[StrictInt] | None = Field(default=None, min_length=1)
     job_id: str | None = Field(default=None, min_length=1, max_length=200)
     """Names the ingest: when it is repeated under the same name, it goes on where it stopped, or
     says what it did."""
