@@ -76,8 +76,8 @@ class MemoryLLM(LLM):
         if engine_of_this_process_is_taken():
             raise EngineConfigError(
                 "another engine with a KV connector lives in this process, and two would share it, "
-                "with wrong memories. `close()` that one first, or let go of it, or do not set "
-                "VLLM_ENABLE_V1_MULTIPROCESSING=0."
+                "with wrong memories. `close()` that one first, or let go of it, or leave "
+                "VLLM_ENABLE_V1_MULTIPROCESSING=0 out when the program starts."
             )
         settings = ServerSettings.from_environment()
         if store is not None:

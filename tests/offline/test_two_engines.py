@@ -14,8 +14,10 @@ import httpx
 import openai
 import pytest
 import torch
+from vllm import envs
 
 from deltamem_vllm import Memory, MemoryLLM
+from deltamem_vllm.engine.compat import InprocClient
 from deltamem_vllm.memory import OFF
 from deltamem_vllm.sessions import SessionRecord
 from tests.api.server import MODEL, Server, linked_checkpoint
@@ -42,6 +44,12 @@ from tests.offline.runs import (
 ROOT = Path(__file__).parents[2]
 
 
+def start_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the next engine have a process of its own, although one in this process lives."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    envs.disable_envs_cache()  # an engine's start keeps what the variables were
+
+
 def test_turns_are_the_same_with_the_engine_in_another_process(
     llm: MemoryLLM, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -55,8 +63,9 @@ def test_turns_are_the_same_with_the_engine_in_another_process(
     stopped = [greedy(100, stop=[word(token)], detokenize=True) for token in sampled]
     stopping = [Memory(session=f"stopped {index}") for index in range(len(stopped))]
     run(llm, [prompt] * len(stopped), stopping, stopped)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    start_processes(monkeypatch)
     with running(MemoryLLM(str(checkpoint), str(CASE / "adapter"), **ENGINE)) as other:
+        assert not isinstance(other.llm_engine.engine_core, InprocClient)
         other.sessions.import_("moved", moved)
         for actual, wanted in zip(run(other, prompts, memories), expected, strict=True):
             assert actual.outputs[0].token_ids == wanted.outputs[0].token_ids
@@ -135,7 +144,7 @@ def test_a_server_and_a_batch_go_on_with_each_others_sessions(
 ) -> None:
     """The same conversation makes the same session, and its key is the same."""
     monkeypatch.setenv("DELTAMEM_HASH_SECRET", "both need it")
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    start_processes(monkeypatch)
     url = f"sqlite://{tmp_path}/sessions.db"
     linked = linked_checkpoint(tmp_path)
     with (
