@@ -16,22 +16,34 @@ from torch import Tensor
 
 from deltamem_vllm.ops.reference import delta_rule_scan
 from deltamem_vllm.ops.rule import (
+    ENDS_SPAN,
+    IN_SPAN,
+    MARK_BITS,
+    MARKS_PER_WORD,
     READ_FROM,
+    SPAN_END,
     UPDATE_MODES,
     WRITE_FROM,
     WRITE_UNTIL,
     Batch,
     DeltaRule,
+    SpanPages,
     StatePages,
 )
 
 __all__ = [
+    "ENDS_SPAN",
+    "IN_SPAN",
+    "MARKS_PER_WORD",
+    "MARK_BITS",
     "READ_FROM",
+    "SPAN_END",
     "UPDATE_MODES",
     "WRITE_FROM",
     "WRITE_UNTIL",
     "Batch",
     "DeltaRule",
+    "SpanPages",
     "StatePages",
     "delta_rule_scan",
     "memory_step",
@@ -153,12 +165,12 @@ def _check(
 
     This runs for every layer of every step: keep it to a few microseconds.
     """
-    header, states = pages
+    header, states, spans = pages
     tokens, rows = projections.shape[0], batch.seq_lens.shape[0]
     heads, rank, _ = rule.state_shape
     state_size = heads * rank * rank
     words = max(header.shape[-1], WRITE_UNTIL + 1)
-    expected = (
+    expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
         ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
         ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),
         ("pages.header", header, torch.int32, (states.shape[0], words)),
@@ -167,7 +179,14 @@ def _check(
         ("batch.query_start_loc", batch.query_start_loc, torch.int32, (rows + 1,)),
         ("batch.seq_lens", batch.seq_lens, torch.int32, (rows,)),
         ("out", reads, torch.float32, (tokens, rule.read_dim)),
-    )
+    ]
+    if spans is not None:
+        blocks, ring = states.shape[:2]
+        expected += [
+            ("spans.marks", spans.marks, torch.int32, (blocks, spans.marks.shape[-1])),
+            ("spans.frozen", spans.frozen, torch.float32, (blocks, heads, rank, rank)),
+            ("spans.sums", spans.sums, torch.float32, (blocks, ring, rule.sums_dim)),
+        ]
     for name, tensor, dtype, shape in expected:
         if tensor.dtype is not dtype or tensor.shape != shape:
             raise ValueError(
@@ -182,6 +201,7 @@ def _check(
         and batch.query_start_loc.is_contiguous()
         and batch.seq_lens.is_contiguous()
         and reads.is_contiguous()
+        and (spans is None or {page.stride(0) for page in (header, *spans)} == {states.stride(0)})
     )
     if not addressable:
         layouts = ", ".join(f"{name} {tensor.stride()}" for name, tensor, *_ in expected)

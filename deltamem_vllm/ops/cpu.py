@@ -19,7 +19,12 @@ from torch import Tensor
 from deltamem_vllm.ops.compiler import bits_as_float, compiled, floats_at, ints_at
 from deltamem_vllm.ops.reference import NORM_EPS
 from deltamem_vllm.ops.rule import (
+    ENDS_SPAN,
+    IN_SPAN,
+    MARK_BITS,
+    MARKS_PER_WORD,
     READ_FROM,
+    SPAN_END,
     UPDATE_MODES,
     WRITE_FROM,
     WRITE_UNTIL,
@@ -36,6 +41,8 @@ LANES: Final = 8
 
 CHUNK: Final = 32
 """Tokens whose activations are computed at once: enough to vectorise, small enough for L1."""
+
+WORD_BYTES: Final = 4
 
 LAMBDA_OUTSIDE: Final = UPDATE_MODES.index("lambda_outside")
 NO_LAMBDA: Final = UPDATE_MODES.index("no_lambda")
@@ -295,6 +302,9 @@ def _kernel(
     header_words: int,
     states: Floats,
     ring: int,
+    frozen_at: int,
+    sums_at: int,
+    marks_at: int,
     heads: int,
     rank: int,
     block_table: Ints,
@@ -315,6 +325,8 @@ def _kernel(
     Args:
         header: [num_blocks, words].
         states: [num_blocks, ring * H * r * r].
+        frozen_at, sums_at: where these begin in a row of `states`; -1 for pages without spans.
+        marks_at: where marks begin in a row of `header`.
     """
     bad_row = _first_bad_row(
         query_start_loc,
@@ -335,6 +347,9 @@ def _kernel(
     activations = np.zeros((5, chunk, heads, width), np.float32)
     read, recalled = np.empty(width, np.float32), np.empty(width, np.float32)
     words = np.empty(header_words, np.int32)
+    frozen = np.zeros((heads, rank, width), np.float32)
+    sums = np.empty(1 + 2 * read_dim + gate_bias.size, np.float32)
+    mean = np.zeros((1, read_dim + sums.size - 1), np.float32)
     reads[:] = ZERO
 
     for row in _order(query_start_loc, seq_lens, block_size):
@@ -349,14 +364,84 @@ def _kernel(
             words[:] = 0
         read_from, write_from = words[READ_FROM], words[WRITE_FROM]
         write_until = words[WRITE_UNTIL]
+        span_end = words[SPAN_END] if frozen_at >= 0 else 0
 
-        for first in range(start, stop, chunk):
+        first = last = start
+        while last < stop:
+            first = last
+            position = before + first - start
             last = min(first + chunk, stop)
+            in_spans = write_until <= position < span_end
+            if position < span_end:
+                last = min(last, first + (span_end if in_spans else write_until) - position)
             rows = projections[first:last]
             query, key = activations[0][: last - first], activations[1][: last - first]
             keep, erase = activations[2][: last - first], activations[3][: last - first]
             written = activations[4][: last - first]
-            position = before + first - start
+            if in_spans:
+                if position == write_until:
+                    frozen[:] = state
+                    sums[:] = ZERO
+                elif first == start:
+                    page = block_table[row, (position - 1) // block_size]
+                    _load(states[page, frozen_at:], 0, frozen)
+                    at = sums_at + position % ring * sums.size
+                    sums[:] = states[page, at : at + sums.size]
+                _unpack(rows, 0, rank, query)
+                if normalize_qk:
+                    _normalise(query)
+                for token in range(last - first):
+                    if position >= read_from:
+                        for head in range(heads):
+                            q = query[token, head]
+                            _read(frozen[head], q, q, read, recalled)
+                            for i in range(rank):
+                                reads[first + token, head * rank + i] = read[i]
+                    page = block_table[row, position // block_size]
+                    place = position % block_size
+                    bits = header[page, marks_at + place // MARKS_PER_WORD]
+                    mark = bits >> (place % MARKS_PER_WORD * MARK_BITS)
+                    if mark & IN_SPAN:
+                        sums[0] += ONE
+                        for i in range(1, sums.size):
+                            sums[i] += rows[token, read_dim + i - 1]
+                    if mark & ENDS_SPAN:
+                        for i in range(1, sums.size):
+                            mean[0, read_dim + i - 1] = sums[i] / sums[0]
+                        sums[:] = ZERO
+                        _unpack(mean, read_dim, rank, key[:1])
+                        if normalize_qk:
+                            _normalise(key[:1])
+                        _coefficients(
+                            mean,
+                            gate_bias,
+                            rank,
+                            couple_lambda,
+                            mode,
+                            keep[:1],
+                            erase[:1],
+                            written[:1],
+                        )
+                        for head in range(heads):
+                            k = key[0, head]
+                            _read(state[head], k, k, read, recalled)
+                            _write(
+                                state[head],
+                                k,
+                                keep[0, head],
+                                erase[0, head],
+                                written[0, head],
+                                recalled,
+                            )
+                    position += 1
+                    if position % block_size == 0 or position > after - ring:
+                        _store(state, states[page], position % ring)
+                        header[page, :header_words] = words
+                        if position < span_end:
+                            _store(frozen, states[page, frozen_at:], 0)
+                            at = sums_at + position % ring * sums.size
+                            states[page, at : at + sums.size] = sums
+                continue
             if position + (last - first) > read_from:
                 _unpack(rows, 0, rank, query)
                 if normalize_qk:
@@ -390,7 +475,7 @@ def _kernel(
     return -1
 
 
-@compiled("int64(" + ", ".join(["int64"] * 22 + ["boolean"] * 3 + ["int64"]) + ")")
+@compiled("int64(" + ", ".join(["int64"] * 25 + ["boolean"] * 3 + ["int64"]) + ")")
 def _entry(
     projections: int,
     projections_stride: int,
@@ -402,6 +487,9 @@ def _entry(
     states_stride: int,
     num_blocks: int,
     ring: int,
+    frozen_at: int,
+    sums_at: int,
+    marks_at: int,
     block_table: int,
     table_width: int,
     table_stride: int,
@@ -431,6 +519,9 @@ def _entry(
         header_words,
         carray(floats_at(states), (num_blocks, states_stride)),
         ring,
+        frozen_at,
+        sums_at,
+        marks_at,
         heads,
         rank,
         carray(ints_at(block_table), (num_rows, table_stride)),
@@ -462,8 +553,13 @@ def memory_step(
     Raises:
         ValueError: a row of the batch points outside of a tensor.
     """
-    header, states = pages
+    header, states, spans = pages
     num_blocks, header_words = header.shape
+    frozen_at = sums_at = marks_at = -1
+    if spans is not None:
+        frozen_at = (spans.frozen.data_ptr() - states.data_ptr()) // WORD_BYTES
+        sums_at = (spans.sums.data_ptr() - states.data_ptr()) // WORD_BYTES
+        marks_at = (spans.marks.data_ptr() - header.data_ptr()) // WORD_BYTES
     bad_row = _entry(
         projections.data_ptr(),
         projections.stride(0),
@@ -475,6 +571,9 @@ def memory_step(
         states.stride(0),
         num_blocks,
         states.shape[1],
+        frozen_at,
+        sums_at,
+        marks_at,
         batch.block_table.data_ptr(),
         batch.block_table.shape[1],
         batch.block_table.stride(0),

@@ -7,13 +7,26 @@ fp32 when serving, where the published code keeps the state in the model's dtype
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from deltamem_vllm.ops.rule import READ_FROM, WRITE_FROM, WRITE_UNTIL, Batch, DeltaRule, StatePages
+from deltamem_vllm.ops.rule import (
+    ENDS_SPAN,
+    IN_SPAN,
+    MARK_BITS,
+    MARKS_PER_WORD,
+    READ_FROM,
+    SPAN_END,
+    WRITE_FROM,
+    WRITE_UNTIL,
+    Batch,
+    DeltaRule,
+    StatePages,
+)
 
 NORM_EPS = 1e-6
 
@@ -94,12 +107,65 @@ def delta_rule_scan(
         read = _product(state, query) if index >= read_from else torch.zeros_like(query)
         reads.append(read.flatten())
         if index >= write_from or index < write_until:
-            change = write * value - erase * _product(state, key)
-            state = keep.unsqueeze(-1) * state + change.unsqueeze(-1) * key.unsqueeze(-2)
+            state = _written(state, key, value, keep, erase, write)
         states.append(state)
     if not reads:
         return Scan(projections.new_zeros(0, rule.read_dim), state.new_zeros(0, *state.shape))
     return Scan(torch.stack(reads), torch.stack(states))
+
+
+class SpanScan(NamedTuple):
+    """What T tokens of spans read, and what is left after each of them."""
+
+    reads: Tensor  # [T, H * r]
+    states: Tensor  # [T, H, r, r]
+    sums: Tensor  # [T, sums_dim]
+
+
+def span_scan(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    frozen: Tensor,
+    sums: Tensor,
+    marks: Sequence[int],
+    *,
+    read_from: int = 0,
+) -> SpanScan:
+    """Run the rule over a part of a prompt whose tokens are written span by span.
+
+    Every token reads `frozen`. A span is written once, at its last token, with the mean of its
+    tokens' projections, which is the projection of their mean; activations come after that.
+
+    Args:
+        rule, projections, gate_bias, state, read_from: see `delta_rule_scan`.
+        frozen: [H, r, r] before the whole prompt.
+        sums: [sums_dim] of a span that was begun before; else 0.
+        marks: of each token: `IN_SPAN`, `ENDS_SPAN`, both, or 0 for one that is not written.
+    """
+    queries = activate(rule, projections, gate_bias).query
+    reads, states, all_sums = [], [], []
+    for index, (query, row, mark) in enumerate(zip(queries, projections, marks, strict=True)):
+        read = _product(frozen, query) if index >= read_from else torch.zeros_like(query)
+        reads.append(read.flatten())
+        if mark & IN_SPAN:
+            sums = sums + torch.cat([row.new_ones(1), row[rule.read_dim :]])
+        if mark & ENDS_SPAN:
+            mean = torch.cat([row.new_zeros(rule.read_dim), sums[1:] / sums[0]])
+            (written,) = zip(*activate(rule, mean[None], gate_bias), strict=True)
+            state = _written(state, *written[1:])
+            sums = torch.zeros_like(sums)
+        states.append(state)
+        all_sums.append(sums)
+    return SpanScan(torch.stack(reads), torch.stack(states), torch.stack(all_sums))
+
+
+def _written(
+    state: Tensor, key: Tensor, value: Tensor, keep: Tensor, erase: Tensor, write: Tensor
+) -> Tensor:
+    change = write * value - erase * _product(state, key)
+    return keep.unsqueeze(-1) * state + change.unsqueeze(-1) * key.unsqueeze(-2)
 
 
 def _product(state: Tensor, vector: Tensor) -> Tensor:
@@ -140,19 +206,61 @@ def memory_step(
             page = table[max(before - 1, 0) // block_size]
             state = pages.states[page, before % ring].clone()
             header = pages.header[page].clone()
-        tokens = slice(starts[row], starts[row] + query)
-        scan = delta_rule_scan(
-            rule,
-            projections[tokens],
-            gate_bias,
-            state,
-            read_from=int(header[READ_FROM]) - before,
-            write_from=int(header[WRITE_FROM]) - before,
-            write_until=int(header[WRITE_UNTIL]) - before,
-        )
-        reads[tokens] = scan.reads
-        for count in range(before + 1, after + 1):
-            if count % block_size == 0 or count > after - ring:
+        span_start = int(header[WRITE_UNTIL])
+        span_end = 0 if pages.spans is None else int(header[SPAN_END])
+        start = min(max(span_start, before), after) if span_end > before else after
+        stop = max(start, min(span_end, after))
+        for first, last in ((before, start), (start, stop), (stop, after)):
+            if first == last:
+                continue
+            tokens = slice(starts[row] + first - before, starts[row] + last - before)
+            stored = [
+                count
+                for count in range(first + 1, last + 1)
+                if count % block_size == 0 or count > after - ring
+            ]
+            scan: Scan | SpanScan
+            if (first, last) != (start, stop):
+                scan = delta_rule_scan(
+                    rule,
+                    projections[tokens],
+                    gate_bias,
+                    state,
+                    read_from=int(header[READ_FROM]) - first,
+                    write_from=int(header[WRITE_FROM]) - first,
+                    write_until=span_start - first,
+                )
+            else:
+                assert pages.spans is not None
+                frozen, sums = state, pages.spans.sums.new_zeros(rule.sums_dim)
+                if first > span_start:  # in the midst of the prompt: its page knows the rest
+                    page = table[(first - 1) // block_size]
+                    frozen = pages.spans.frozen[page].clone()
+                    sums = pages.spans.sums[page, first % ring].clone()
+                scan = span_scan(
+                    rule,
+                    projections[tokens],
+                    gate_bias,
+                    state,
+                    frozen,
+                    sums,
+                    [_mark(pages, table, at, block_size) for at in range(first, last)],
+                    read_from=int(header[READ_FROM]) - first,
+                )
+                for count in stored:
+                    if count < span_end:
+                        page = table[(count - 1) // block_size]
+                        pages.spans.frozen[page] = frozen
+                        pages.spans.sums[page, count % ring] = scan.sums[count - first - 1]
+            reads[tokens], state = scan.reads, scan.states[-1]
+            for count in stored:
                 page = table[(count - 1) // block_size]
-                pages.states[page, count % ring] = scan.states[count - before - 1]
+                pages.states[page, count % ring] = scan.states[count - first - 1]
                 pages.header[page] = header
+
+
+def _mark(pages: StatePages, table: Sequence[int], position: int, block_size: int) -> int:
+    assert pages.spans is not None
+    word, place = divmod(position % block_size, MARKS_PER_WORD)
+    bits = int(pages.spans.marks[table[position // block_size], word])
+    return bits >> place * MARK_BITS & (1 << MARK_BITS) - 1

@@ -20,6 +20,19 @@ WRITE_UNTIL: Final = 2
 """Header word: positions before it write too, whatever `WRITE_FROM` says. A turn's prompt starts
 with what its session still has to write, and re-reads known text after that."""
 
+SPAN_END: Final = 3
+"""Header word: positions from `WRITE_UNTIL` up to it, a turn's prompt, are written span by span, as
+the page's marks say, and all read the state as it was before them. 0: every token by itself."""
+
+IN_SPAN: Final = 1
+"""Mark of a token that belongs to a span."""
+
+ENDS_SPAN: Final = 2
+"""Mark of a span's last token, beside `IN_SPAN`; the span is written then."""
+
+MARK_BITS: Final = 2
+MARKS_PER_WORD: Final = 32 // MARK_BITS
+
 
 @dataclass(frozen=True)
 class DeltaRule:
@@ -84,9 +97,26 @@ class DeltaRule:
         return self.gate_dim * (1 if self.couple_lambda else 2)
 
     @cached_property
+    def sums_dim(self) -> int:
+        """Columns of a span's running sums: its tokens, and their projections without the query."""
+        return 1 + 2 * self.read_dim + self.gate_bias_dim
+
+    @cached_property
     def projection_dim(self) -> int:
         """P, the columns of a token's packed projections."""
         return 3 * self.read_dim + self.gate_bias_dim
+
+
+class SpanPages(NamedTuple):
+    """What pages hold beside the states if tokens are written span by span.
+
+    A span may be cut anywhere, by steps and by blocks, so what has been seen of it lies beside the
+    state after the same token.
+    """
+
+    marks: Tensor  # [num_blocks, words] int32: `MARK_BITS` per token of the block, lowest first
+    frozen: Tensor  # [num_blocks, H, r, r] fp32: the state that the turn's prompt reads
+    sums: Tensor  # [num_blocks, ring, sums_dim] fp32, slots as those of the states
 
 
 class StatePages(NamedTuple):
@@ -98,6 +128,7 @@ class StatePages(NamedTuple):
 
     header: Tensor  # [num_blocks, header words] int32, words contiguous, any row stride
     states: Tensor  # [num_blocks, ring, H, r, r] fp32, any block stride, the rest contiguous
+    spans: SpanPages | None = None  # in the same rows of the same memory
 
 
 class Batch(NamedTuple):

@@ -1,7 +1,8 @@
 """The layout of a state page: what lies in a block of the KV cache beside its keys and values.
 
 A page is a header of `HEADER_WORDS` int32 words (see `ops.READ_FROM`, `ops.WRITE_FROM`), a ring of
-the latest states in fp32, and padding up to a multiple of `ALIGNMENT` bytes.
+the latest states in fp32, what `ops.SpanPages` needs if tokens are written span by span, and
+padding up to a multiple of `ALIGNMENT` bytes.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from deltamem_vllm.ops import StatePages
+from deltamem_vllm.ops import MARKS_PER_WORD, SpanPages, StatePages
 
 HEADER_WORDS: Final = 16
 """One cache line of int32: thresholds first, the rest is reserved, zero, and copied along."""
@@ -72,6 +73,16 @@ def ring_length(steps_in_flight: int, draft_tokens: int) -> int:
     return steps_in_flight * (draft_tokens + 1) + 1
 
 
+class SpanSizes(NamedTuple):
+    """What a page must know to hold parts of spans."""
+
+    block_size: int
+    """Tokens per page."""
+
+    sums_dim: int
+    """See `DeltaRule.sums_dim`."""
+
+
 @dataclass(frozen=True)
 class PageLayout:
     """Where header and states lie in a page.
@@ -79,6 +90,7 @@ class PageLayout:
     Args:
         state_shape: (H, r, r).
         ring: states per page.
+        spans: sizes for writing span by span; None: tokens are only written by themselves.
 
     Raises:
         ValueError: a size is below 1.
@@ -86,6 +98,7 @@ class PageLayout:
 
     state_shape: tuple[int, int, int]
     ring: int
+    spans: SpanSizes | None = None
 
     def __post_init__(self) -> None:
         if min(*self.state_shape, self.ring) < 1:
@@ -97,9 +110,16 @@ class PageLayout:
         return math.prod(self.state_shape)
 
     @property
+    def mark_words(self) -> int:
+        """Words of one page's marks."""
+        return 0 if self.spans is None else -(-self.spans.block_size // MARKS_PER_WORD)
+
+    @property
     def page_words(self) -> int:
         """Words of a page, padding included."""
         words = HEADER_WORDS + self.ring * self.state_words
+        if self.spans is not None:
+            words += self.mark_words + self.state_words + self.ring * self.spans.sums_dim
         unit = ALIGNMENT // WORD_BYTES
         return -(-words // unit) * unit
 
@@ -131,5 +151,16 @@ class PageLayout:
                 f"state pages need contiguous blocks that start at multiples of {WORD_BYTES} bytes,"
                 f" got {given}"
             ) from error
-        states = states[:, : self.ring * self.state_words]
-        return StatePages(header, states.unflatten(1, (self.ring, *self.state_shape)))
+        sizes = [self.ring * self.state_words]
+        if self.spans is not None:
+            sizes += [self.state_words, self.ring * self.spans.sums_dim, self.mark_words]
+        states, *others = states[:, : sum(sizes)].split(sizes, dim=1)
+        spans = None
+        if self.spans is not None:
+            frozen, sums, marks = others
+            spans = SpanPages(
+                marks.view(torch.int32),
+                frozen.unflatten(1, self.state_shape),
+                sums.unflatten(1, (self.ring, self.spans.sums_dim)),
+            )
+        return StatePages(header, states.unflatten(1, (self.ring, *self.state_shape)), spans)

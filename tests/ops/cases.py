@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from deltamem_vllm.ops import (
+    ENDS_SPAN,
+    IN_SPAN,
+    MARK_BITS,
+    MARKS_PER_WORD,
     READ_FROM,
+    SPAN_END,
     UPDATE_MODES,
     WRITE_FROM,
     WRITE_UNTIL,
@@ -19,7 +25,7 @@ from deltamem_vllm.ops import (
     memory_step,
     reference,
 )
-from deltamem_vllm.state.page import HEADER_WORDS, NEVER, PageLayout
+from deltamem_vllm.state.page import HEADER_WORDS, NEVER, PageLayout, SpanSizes
 
 Step = Callable[..., object]
 
@@ -84,6 +90,30 @@ def formula(
     return Trace(torch.from_numpy(reads), torch.from_numpy(states))
 
 
+def span_formula(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    state: Tensor,
+    frozen: Tensor,
+    sums: Tensor,
+    mark: int,
+    read_from: int,
+) -> tuple[Trace, Tensor]:
+    """`formula` of one token in a prompt that is written by spans, and the sums after it: it reads
+    `frozen`, and at a span's end the mean is written as a token would be."""
+    width = rule.read_dim
+    reads = formula(rule, projections, gate_bias, frozen, read_from).reads
+    state, sums, row = state.double(), sums.double(), projections[0].double()
+    if mark & IN_SPAN:
+        sums = sums + torch.cat([torch.ones(1, dtype=torch.float64), row[width:]])
+    if mark & ENDS_SPAN:
+        mean = torch.cat([torch.zeros(width, dtype=torch.float64), sums[1:] / sums[0]])
+        state = formula(rule, mean[None], gate_bias, state).states[0]
+        sums = torch.zeros_like(sums)
+    return Trace(reads, state[None]), sums
+
+
 class Result(NamedTuple):
     """What a step left behind."""
 
@@ -122,11 +152,30 @@ class Request(NamedTuple):
     read_from: int = 0
     write_from: int = 0
     write_until: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
+    """Half-open ranges of positions, in order."""
+
+    span_end: int = 0
     padded: bool = False
     """seq_lens is 0, whatever tokens there are."""
 
     hits: int | None = None
     """The row that fills, in this very step, the last block of this one's context."""
+
+    def in_spans(self, count: int) -> bool:
+        """Whether the page after `count` tokens must know more than the state."""
+        return self.write_until < count < self.span_end
+
+    def mark(self, position: int) -> int:
+        """Of the token at a position."""
+        for start, end in self.spans:
+            if start <= position < end:
+                return IN_SPAN | (ENDS_SPAN if position == end - 1 else 0)
+        return 0
+
+    def begun(self, count: int) -> int:
+        """Tokens among the first `count` of a span that goes on after them."""
+        return sum(count - start for start, end in self.spans if start < count < end)
 
     @property
     def active(self) -> bool:
@@ -148,12 +197,14 @@ class Case:
         block_size: int = 16,
         ring: int = 1,
         initialised: bool = False,
+        with_spans: bool = False,
         seed: int = 0,
     ) -> None:
         random = torch.Generator().manual_seed(seed)
         self.rule, self.requests, self.block_size, self.ring = rule, requests, block_size, ring
         self.initialised, self.seed = initialised, seed
-        self.layout = PageLayout(rule.state_shape, ring)
+        sizes = SpanSizes(block_size, rule.sums_dim) if with_spans else None
+        self.layout = PageLayout(rule.state_shape, ring, sizes)
         self._place(random)
         total = sum(request.query for request in requests)
         wide = torch.full((total + 3, rule.projection_dim + 7), torch.nan)
@@ -174,7 +225,8 @@ class Case:
     def __repr__(self) -> str:
         return (
             f"Case({self.rule}, {self.requests}, block_size={self.block_size}, ring={self.ring}, "
-            f"initialised={self.initialised}, seed={self.seed})"
+            f"initialised={self.initialised}, with_spans={self.layout.spans is not None}, "
+            f"seed={self.seed})"
         )
 
     def _place(self, random: torch.Generator) -> None:
@@ -204,12 +256,33 @@ class Case:
                 pages.states[page, request.context % self.ring] = state
                 header = torch.randint(2**31 - 1, (HEADER_WORDS,), generator=random)
                 header[READ_FROM], header[WRITE_FROM] = request.read_from, request.write_from
-                header[WRITE_UNTIL] = request.write_until
+                header[WRITE_UNTIL], header[SPAN_END] = request.write_until, request.span_end
                 pages.header[page] = header
+                if pages.spans is not None and request.in_spans(request.context):
+                    pages.spans.frozen[page] = torch.randn(self.rule.state_shape, generator=random)
+                    # As many tokens as there can be of a span that goes on; else nothing.
+                    count = request.begun(request.context)
+                    sums = torch.randn(self.rule.sums_dim, generator=random) * (count > 0)
+                    sums[0] = count
+                    pages.spans.sums[page, request.context % self.ring] = sums
+            if pages.spans is not None and request.active:
+                self._place_marks(row, pages.spans.marks)
         for row, request in enumerate(self.requests):
             if request.hits is not None:
                 block = request.context // size - 1
                 self.table[row, block] = self.table[request.hits, block]
+
+    def _place_marks(self, row: int, marks: Tensor) -> None:
+        """Mark the tokens of all blocks that a row's tokens touch."""
+        request, size = self.requests[row], self.block_size
+        for block in range(
+            request.context // size, (request.context + request.query - 1) // size + 1
+        ):
+            words = [0] * marks.shape[1]
+            for place in range(size):
+                word, at = divmod(place, MARKS_PER_WORD)
+                words[word] |= request.mark(block * size + place) << at * MARK_BITS
+            marks[self.table[row, block]] = torch.tensor(words).to(torch.int32)
 
     def tokens(self, row: int) -> slice:
         """A row's tokens in projections and reads."""
@@ -261,9 +334,7 @@ class Case:
             if before or self.initialised:
                 page = self.page(row, before)
                 header, state = pages.header[page].clone(), states[page, before % self.ring].clone()
-            words = (READ_FROM, WRITE_FROM, WRITE_UNTIL)
-            thresholds = (int(header[word]) - before for word in words)
-            trace = formula(self.rule, self.projections[tokens], self.gate_bias, state, *thresholds)
+            trace, frozen, sums = self._trace(row, header, state, exact)
             reads[tokens] = trace.reads
             boundaries = {n for n in range(before + 1, after + 1) if n % self.block_size == 0}
             latest = range(max(before, after - self.ring) + 1, after + 1)
@@ -272,7 +343,57 @@ class Case:
                 states[page, count % self.ring] = trace.states[count - before - 1]
                 marks[page, count % self.ring] = True
                 pages.header[page] = header
+                if pages.spans is not None and request.in_spans(count):
+                    slot = count % self.ring
+                    self._frozen(exact)[page], self._frozen(written)[page] = frozen, True
+                    self._sums(exact)[page, slot] = sums[count - before - 1]
+                    self._sums(written)[page, slot] = True
         return Result(reads, raw, exact, written)
+
+    def _trace(
+        self, row: int, header: Tensor, state: Tensor, exact: Tensor
+    ) -> tuple[Trace, Tensor, Tensor]:
+        """A row's trace; what its tokens in spans read; and the sums after each token."""
+        request, tokens = self.requests[row], self.tokens(row)
+        before = request.context
+        words = (READ_FROM, WRITE_FROM, WRITE_UNTIL)
+        if self.layout.spans is None:
+            thresholds = (int(header[word]) - before for word in words)
+            trace = formula(self.rule, self.projections[tokens], self.gate_bias, state, *thresholds)
+            return trace, state, state
+        until, end = int(header[WRITE_UNTIL]), int(header[SPAN_END])
+        frozen, sums = state, torch.zeros(self.rule.sums_dim, dtype=torch.float64)
+        if request.in_spans(before):
+            page = self.page(row, before)
+            frozen = self._frozen(exact)[page].clone()
+            sums = self._sums(exact)[page, before % self.ring].clone()
+        reads, states, all_sums = [], [], []
+        for position, projection in enumerate(self.projections[tokens], start=before):
+            step = self.rule, projection[None], self.gate_bias, state
+            thresholds = (int(header[word]) - position for word in words)
+            if until <= position < end:
+                if position == until:
+                    frozen, sums = state, torch.zeros_like(sums)
+                mark = request.mark(position)
+                trace, sums = span_formula(*step, frozen, sums, mark, next(thresholds))
+            else:
+                trace = formula(*step, *thresholds)
+            state = trace.states[-1]
+            reads.append(trace.reads)
+            states.append(trace.states)
+            all_sums.append(sums)
+        return Trace(torch.cat(reads), torch.cat(states)), frozen, torch.stack(all_sums)
+
+    def _frozen(self, words: Tensor) -> Tensor:
+        """The frozen states' words of [num_blocks, words] of any dtype."""
+        at = HEADER_WORDS + self.ring * self.layout.state_words
+        return words[:, at : at + self.layout.state_words].unflatten(1, self.rule.state_shape)
+
+    def _sums(self, words: Tensor) -> Tensor:
+        """The sums' words of [num_blocks, words] of any dtype."""
+        at = HEADER_WORDS + (self.ring + 1) * self.layout.state_words
+        used = words[:, at : at + self.ring * self.rule.sums_dim]
+        return used.unflatten(1, (self.ring, self.rule.sums_dim))
 
     def _states(self, words: Tensor) -> Tensor:
         """The states' words of [num_blocks, words] of any dtype, as [num_blocks, ring, H, r, r]."""
@@ -308,6 +429,8 @@ requests = st.builds(
     write_from=positions,
     write_until=st.one_of(st.just(0), st.integers(0, 200)),
     padded=st.sampled_from([False, False, False, True]),
+    spans=st.just(()),
+    span_end=st.just(0),
     hits=st.none(),
 )
 
@@ -341,3 +464,34 @@ def hitting_cases(draw: st.DrawFn) -> Case:
     rows = [rows[old] for old in order]
     rows = [r if r.hits is None else r._replace(hits=order.index(r.hits)) for r in rows]
     return Case(draw(small_rules), rows, block_size=size, ring=draw(rings), seed=draw(seeds))
+
+
+@st.composite
+def span_requests(draw: st.DrawFn) -> Request:
+    """Requests whose prompt is written by spans, cut anywhere by the step."""
+    until = draw(st.integers(0, 30))
+    cuts = sorted(draw(st.sets(st.integers(until, until + 120), max_size=12)))
+    end = (cuts[-1] if cuts else until) + draw(st.integers(1, 20))
+    spans = [one for one in pairwise([until, *cuts, end]) if one[0] < one[1]]
+    return Request(
+        context=draw(st.one_of(st.just(0), st.just(until), st.integers(0, end + 5))),
+        query=draw(st.one_of(st.integers(1, 4), st.integers(1, 200))),
+        read_from=draw(st.one_of(st.just(0), positions)),
+        write_until=until,
+        spans=tuple(one for one in spans if draw(st.integers(0, 3))),
+        span_end=end,
+    )
+
+
+@st.composite
+def span_cases(draw: st.DrawFn) -> Case:
+    """Steps in which some requests are written by spans, and others token by token."""
+    return Case(
+        draw(small_rules),
+        draw(st.lists(st.one_of(span_requests(), requests), min_size=1, max_size=5)),
+        block_size=draw(block_sizes),
+        ring=draw(rings),
+        initialised=True,
+        with_spans=True,
+        seed=draw(seeds),
+    )

@@ -33,6 +33,8 @@ from tests.ops.cases import (
     rules,
     seeds,
     small_rules,
+    span_cases,
+    span_requests,
 )
 
 TIGHT = 1e-6
@@ -61,6 +63,12 @@ def test_a_step_is_the_formula_and_touches_nothing_else(case: Case) -> None:
 @examples(40)
 @given(hitting_cases())
 def test_a_request_may_hit_a_block_that_another_fills_in_the_same_step(case: Case) -> None:
+    assert_step_is_right(case)
+
+
+@examples(80)
+@given(span_cases())
+def test_a_step_of_spans_is_the_formula_and_touches_nothing_else(case: Case) -> None:
     assert_step_is_right(case)
 
 
@@ -114,6 +122,33 @@ def test_reads_and_states_are_independent_of_chunks(
     parts = run_in_steps(case, sorted(cut for cut in cuts if cut < query))
     assert_close("reads", whole.reads[:query], parts.reads, TIGHT)
     assert_close("states", whole.states[written], parts.states[written], TIGHT)
+
+
+@examples(40)
+@given(
+    rule=small_rules,
+    request_=span_requests(),
+    cuts=st.sets(st.integers(1, 199), max_size=20),
+    block_size=block_sizes,
+    ring=rings,
+    seed=seeds,
+)
+def test_spans_are_independent_of_chunks(
+    rule: DeltaRule, request_: Request, cuts: set[int], block_size: int, ring: int, seed: int
+) -> None:
+    case = Case(
+        rule,
+        [request_],
+        block_size=block_size,
+        ring=ring,
+        initialised=True,
+        with_spans=True,
+        seed=seed,
+    )
+    whole, written = case.run(kernel), case.expected().written
+    parts = run_in_steps(case, sorted(cut for cut in cuts if cut < request_.query))
+    assert_close("reads", whole.reads[: request_.query], parts.reads, TIGHT)
+    assert_close("states and sums", whole.states[written], parts.states[written], TIGHT)
 
 
 @pytest.mark.parametrize("heads", [1, 4])
