@@ -1,8 +1,9 @@
 """`Memory`: what a request says about its memory."""
 
+from itertools import pairwise
 from typing import Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
@@ -54,6 +55,11 @@ class Memory(BaseModel):
     """Names this turn: a repeat of the request under the same name gets the same reply, and writes
     nothing."""
 
+    spans: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, strict=False)
+    """Half-open ranges of the prompt's tokens, in order, each of which is written once, with the
+    mean of its tokens; other tokens are not written. For prompts, with an adapter that writes by
+    messages or sentences; spans of a chat are found by its template."""
+
     on_busy: Literal["wait", "conflict"] = "wait"
     """What to do while another turn runs on the session."""
 
@@ -92,13 +98,20 @@ class Memory(BaseModel):
                 f"mode {self.mode!r} needs a session. Leave `memory` out for an ephemeral memory."
             )
         if self.mode == "read_only":
-            for name in ("turn", "ttl"):
+            for name in ("turn", "ttl", "spans"):
                 if getattr(self, name) is not None:
                     return f"{name} belongs to turns that write; leave it out with read_only."
         if self.window is not None and (self.window.messages is None) == (
             self.window.tokens is None
         ):
             return 'window is {"messages": n} or {"tokens": n}.'
+        if self.spans is not None:
+            if self.window is not None:
+                return "spans belong to prompts; a window's messages are found by the template"
+            edges = [0, *(edge for span in self.spans for edge in span)]
+            ordered = all(first <= second for first, second in pairwise(edges))
+            if not ordered or any(start == end for start, end in self.spans):
+                return "spans are [start, end) ranges that are in order, not empty, and apart"
         if self.on_divergence is not None and self.window is None:
             return "on_divergence says what to do with a full history, which needs a window."
         return None

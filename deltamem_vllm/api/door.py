@@ -198,7 +198,8 @@ class EngineDoor:
             return final.state
         metrics.REBUILDS.inc()
         tokens = [*turn.prompt_ids, *turn.output_ids][: turn.num_fed]
-        return await self._feed(turn.start, {**prompt, "prompt_token_ids": tokens}, kwargs)
+        start = turn.start.ending_at(len(turn.prompt_ids))
+        return await self._feed(start, {**prompt, "prompt_token_ids": tokens}, kwargs)
 
     async def _feed(self, start: Start, prompt: dict[str, Any], kwargs: dict[str, Any]) -> bytes:
         tokens = prompt["prompt_token_ids"]

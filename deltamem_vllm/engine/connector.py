@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from vllm.logger import init_logger
@@ -28,13 +29,24 @@ from deltamem_vllm.engine.compat import (
 )
 from deltamem_vllm.engine.memory_layer import MemoryLayer
 from deltamem_vllm.engine.probe import CorrectionNorms
-from deltamem_vllm.engine.request_args import MemoryArgs, memory_args
+from deltamem_vllm.engine.request_args import MemoryArgs, ending_spans, memory_args
 from deltamem_vllm.engine.settings import adapter_of, page_layout
 from deltamem_vllm.errors import MemoryRequestError
-from deltamem_vllm.ops import READ_FROM, WRITE_FROM, WRITE_UNTIL
-from deltamem_vllm.state.page import HEADER_WORDS
+from deltamem_vllm.ops import (
+    ENDS_SPAN,
+    IN_SPAN,
+    MARK_BITS,
+    MARKS_PER_WORD,
+    READ_FROM,
+    SPAN_END,
+    WRITE_FROM,
+    WRITE_UNTIL,
+)
+from deltamem_vllm.state.page import HEADER_WORDS, PageLayout
 
 logger = init_logger(f"vllm.{__name__}")
+
+Words = npt.NDArray[np.int32]
 
 EPHEMERAL = MemoryArgs()
 """A request that says nothing: an empty memory that is read and written and then dropped."""
@@ -50,6 +62,50 @@ class PageLoad:
 
     block: int
     args: MemoryArgs
+
+
+@dataclass(frozen=True)
+class PageMarks:
+    """Mark the tokens of `block` that belong to spans, before the first of them."""
+
+    block: int
+    words: Words
+
+
+@dataclass(frozen=True)
+class _Marks:
+    """The marks of a request's whole prompt."""
+
+    words: Words  # [blocks of the prompt, words of a page's marks]
+    block_size: int
+    num_tokens: int
+
+    @classmethod
+    def of(cls, args: MemoryArgs, layout: PageLayout) -> "_Marks":
+        assert args.spans is not None and args.span_end is not None
+        if layout.spans is None:
+            raise MemoryRequestError("the adapter knows no spans.")
+        size = layout.spans.block_size
+        per_page = layout.mark_words * MARKS_PER_WORD
+        marks = np.zeros((-(-args.span_end // size), per_page), np.uint32)
+        flat = np.zeros(len(marks) * size, np.uint32)
+        for start, end in args.spans:
+            flat[start:end] = IN_SPAN
+            flat[end - 1] |= ENDS_SPAN
+        marks[:, :size] = flat.reshape(-1, size)
+        shifts = np.arange(MARKS_PER_WORD, dtype=np.uint32) * MARK_BITS
+        words = np.bitwise_or.reduce(
+            marks.reshape(len(marks), layout.mark_words, MARKS_PER_WORD) << shifts, axis=-1
+        )
+        return cls(words.view(np.int32), size, args.span_end)
+
+    def step(self, before: int, count: int, blocks: list[int]) -> list[PageMarks]:
+        """For the pages that `count` tokens after the first `before` lie in."""
+        last = min(before + count, self.num_tokens)
+        if before >= last:
+            return []
+        touched = range(before // self.block_size, (last - 1) // self.block_size + 1)
+        return [PageMarks(blocks[index], self.words[index]) for index in touched]
 
 
 @dataclass(frozen=True)
@@ -85,6 +141,7 @@ class MemoryConnectorMetadata(KVConnectorMetadata):
 
     saves: list[PageSave] = field(default_factory=list)
     loads: list[PageLoad] = field(default_factory=list)
+    marks: list[PageMarks] = field(default_factory=list)
 
 
 class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
@@ -97,7 +154,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         self.adapter = adapter_of(vllm_config)
         self.block_size: int = kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size
         # Scheduler side
-        self._ring = page_layout(self.adapter, vllm_config).ring
+        self._layout = page_layout(self.adapter, vllm_config, self.block_size)
+        self._marks: dict[str, _Marks] = {}
         self._args: dict[str, MemoryArgs] = {}
         self._saves: list[PageSave] = []
         # Worker side
@@ -119,6 +177,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         params = request.sampling_params
         try:
             args = memory_args(None if params is None else params.extra_args)
+            if args is not None and args.spans is not None:
+                args = ending_spans(args, request.num_prompt_tokens)
+                self._marks[request.request_id] = _Marks.of(args, self._layout)
         except MemoryRequestError as error:
             # Raising here would take the whole engine down; frontends refuse such requests.
             logger.error("request %s runs with an empty memory: %s", request.request_id, error)
@@ -144,19 +205,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         its own, so the state at the hit's boundary is the one its snapshot would lead to.
         """
         cached = scheduler_output.scheduled_cached_reqs
-        starting = [
-            request.req_id
-            for request in scheduler_output.scheduled_new_reqs
-            if request.num_computed_tokens == 0
-        ] + [
-            request_id
-            for request_id, num_computed in zip(
-                cached.req_ids, cached.num_computed_tokens, strict=True
-            )
-            if num_computed == 0
-        ]
+        new = scheduler_output.scheduled_new_reqs
+        computed = {request.req_id: request.num_computed_tokens for request in new}
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        starting = [request_id for request_id, count in computed.items() if count == 0]
         saves, self._saves = self._saves, []
-        if not starting:
+        if not (starting or self._marks):
             return MemoryConnectorMetadata(saves=saves)
         block_ids = scheduler_output.kv_connector_block_state.resolve_block_ids
         return MemoryConnectorMetadata(
@@ -165,12 +219,22 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 PageLoad(block_ids(request_id)[0][0], self._args.get(request_id, EPHEMERAL))
                 for request_id in starting
             ],
+            marks=[
+                mark
+                for request_id in self._marks.keys() & computed
+                for mark in self._marks[request_id].step(
+                    computed[request_id],
+                    scheduler_output.num_scheduled_tokens[request_id],
+                    block_ids(request_id)[0],
+                )
+            ],
         )
 
     def request_finished_all_groups(
         self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hold the blocks of a request whose final state is wanted until the worker copied it."""
+        self._marks.pop(request.request_id, None)
         args = self._args.pop(request.request_id, None)
         if args is None or args.ticket is None:
             return False, None
@@ -178,7 +242,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         # The last sampled token counts as not fed, although a step that feeds it may be running, or
         # have run: an abort is handled between a forward and its outcome. Claim no state that is
         # no longer in the ring.
-        num_tokens = max(min(computed, request.num_tokens - 1), computed - self._ring + 1)
+        num_tokens = max(min(computed, request.num_tokens - 1), computed - self._layout.ring + 1)
         if num_tokens <= 0:
             self._saves.append(PageSave(request.request_id, args.ticket, None, 0))
             return False, None
@@ -195,6 +259,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._save(save)
         if connector_metadata.loads and self._layers:
             self._load(connector_metadata.loads)
+        if connector_metadata.marks:
+            self._mark(connector_metadata.marks)
 
     def _save(self, save: PageSave) -> None:
         states = {}
@@ -223,6 +289,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             header[row, READ_FROM] = load.args.read_from
             header[row, WRITE_FROM] = load.args.write_from
             header[row, WRITE_UNTIL] = load.args.write_until
+            header[row, SPAN_END] = load.args.span_end or 0
         blocks = torch.tensor([load.block for load in loads])
         for layer in self._layers:
             assert layer.pages is not None
@@ -231,6 +298,14 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             rows = blocks.to(device)
             layer.pages.header[rows] = torch.from_numpy(header).to(device)
             layer.pages.states[rows, 0] = torch.from_numpy(states[:, position]).to(device)
+
+    def _mark(self, marks: list[PageMarks]) -> None:
+        blocks = torch.tensor([mark.block for mark in marks])
+        words = torch.from_numpy(np.stack([mark.words for mark in marks]))
+        for layer in self._layers:
+            assert layer.pages is not None and layer.pages.spans is not None
+            spans = layer.pages.spans
+            spans.marks[blocks.to(spans.marks.device)] = words.to(spans.marks.device)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         finished, self._finished = self._finished, set()

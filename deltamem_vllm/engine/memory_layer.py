@@ -7,6 +7,7 @@ model's dtype is.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -68,13 +69,15 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.layer_index = extract_layer_index(prefix)
         self.config = config
         self.rule = delta_rule(adapter)
-        self.layout = page_layout(adapter, vllm_config)
+        self._layout = partial(page_layout, adapter, vllm_config)
         self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
         self.loaded = False
         self._made_up = vllm_config.load_config.load_format == "dummy"
+        # Known when vLLM has chosen the block size.
         self.block_size = 0
+        self.layout = self._layout(1)
         # In a tuple: the module must not become a child of this one.
         self._siblings = (attention.attn,)
         self._kv_head_slice = kv_head_slice(attention)
@@ -220,6 +223,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
                 f"delta-mem does not support the KV cache of {self.layer_name}: {spec!r}"
             )
         self.block_size = spec.block_size
+        self.layout = self._layout(spec.block_size)
         self._check_kv_share(spec.page_size_bytes, spec.block_size)
         return replace(
             spec,

@@ -7,6 +7,7 @@ express, so clients cannot forge it through `vllm_xargs`.
 
 import hashlib
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, Final
 
 import msgspec
@@ -33,6 +34,13 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
     write_until: int = 0
     """But those before this one are."""
 
+    spans: tuple[tuple[int, int], ...] | None = None
+    """Half-open ranges of the prompt after `write_until`, in order, each written once; its other
+    tokens are not. None: every token is written by itself."""
+
+    span_end: int | None = None
+    """Where the prompt ends that the spans belong to; None: where the request's prompt does."""
+
     scope: str = ""
     """Whose memory it is, and of which weights: see `cache_scope`."""
 
@@ -44,8 +52,27 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
         """Digest of all that makes this request's KV cache differ from another's: 64 digits."""
         positions = f"{self.read_from},{self.write_from},{self.write_until}"
         digest = hashlib.sha256(f"{positions},{len(self.scope)},{self.scope}".encode())
+        # The end too: what comes behind it is written by itself, and a page says where that is.
+        digest.update(f"{self.spans},{self.span_end}".encode() if self.spans is not None else b"")
         digest.update(self.state or b"")
         return digest.hexdigest()
+
+
+def ending_spans(args: MemoryArgs, num_prompt_tokens: int) -> MemoryArgs:
+    """The same memory, its spans ended at the request's prompt unless they say where.
+
+    Raises:
+        MemoryRequestError: spans are not in order, or not inside the prompt.
+    """
+    assert args.spans is not None
+    end = num_prompt_tokens if args.span_end is None else args.span_end
+    edges = [args.write_until, *(edge for span in args.spans for edge in span), end]
+    is_ordered = all(first <= second for first, second in pairwise(edges))
+    if not is_ordered or any(start == stop for start, stop in args.spans):
+        raise MemoryRequestError("spans overlap, are empty, or reach beyond the prompt.")
+    if end > num_prompt_tokens:
+        raise MemoryRequestError("spans end behind the prompt.")
+    return msgspec.structs.replace(args, span_end=end)
 
 
 def cache_scope(tenant: str, lora: str) -> str:

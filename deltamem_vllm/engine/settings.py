@@ -27,7 +27,7 @@ from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_co
 from deltamem_vllm.engine.names import CONNECTOR_NAME
 from deltamem_vllm.errors import AdapterError, ConfigError, EngineConfigError
 from deltamem_vllm.ops import DeltaRule
-from deltamem_vllm.state.page import PageLayout, ring_length
+from deltamem_vllm.state.page import PageLayout, SpanSizes, ring_length
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -126,15 +126,19 @@ def delta_rule(adapter: Adapter) -> DeltaRule:
     )
 
 
-def page_layout(adapter: Adapter, vllm_config: VllmConfig) -> PageLayout:
+def page_layout(adapter: Adapter, vllm_config: VllmConfig, block_size: int) -> PageLayout:
     """A state page for `adapter`, its ring as short as the engine's configuration allows.
 
     With asynchronous scheduling, a step is scheduled while the one before it runs.
     """
+    spans = None
+    if adapter.config.memory_write_granularity != "token":
+        spans = SpanSizes(block_size, delta_rule(adapter).sums_dim)
     steps_in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
     return PageLayout(
         state_shape=adapter.config.state_shape,
         ring=ring_length(steps_in_flight, draft_tokens=0),
+        spans=spans,
     )
 
 
@@ -205,11 +209,7 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     load_format = str(vllm_config.load_config.load_format)
     model, connector = vllm_config.model_config, kv_connector_of(vllm_config)
-    granularity = adapter.config.memory_write_granularity
     refusals = {
-        f"an adapter with memory_write_granularity={granularity!r} (only 'token' is served)": (
-            granularity != "token"
-        ),
         "--prefix-match-unit other than the block size (prefix-cache hits must be whole blocks)": (
             cache.prefix_match_unit not in (None, cache.block_size)
         ),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+import msgspec
 from vllm import SamplingParams
 
 from deltamem_vllm.engine.request_args import MemoryArgs, with_memory
@@ -48,7 +49,7 @@ class Start:
         """An engine's rendered prompt with the pending tokens in front.
 
         Raises:
-            MemoryRequestError: it does not consist of token ids alone.
+            MemoryRequestError: it does not consist of token ids alone, or is shorter than spans.
         """
         if "prompt_token_ids" not in prompt or prompt.get("type", "token") != "token":
             raise MemoryRequestError(
@@ -56,11 +57,22 @@ class Start:
                 "embeddings or media."
             )
         tokens = [*self.pending, *prompt["prompt_token_ids"]]
+        if self.args.spans and self.args.spans[-1][1] > len(tokens):
+            raise MemoryRequestError(
+                f"memory.spans reach to token {self.args.spans[-1][1] - len(self.pending)} of a "
+                f"prompt of {len(tokens) - len(self.pending)}."
+            )
         return {**prompt, "prompt_token_ids": tokens}
 
     def params(self, params: SamplingParams) -> SamplingParams:
         """A copy of the sampling parameters that carries the memory."""
         return with_memory(params, self.args)
+
+    def ending_at(self, num_tokens: int) -> "Start":
+        """The same for a request that goes on, in its prompt, with tokens that were generated."""
+        if self.args.spans is None:
+            return self
+        return replace(self, args=msgspec.structs.replace(self.args, span_end=num_tokens))
 
     def replay_params(self) -> SamplingParams:
         """For a request that feeds the kept tokens again, for their final state alone."""
@@ -110,6 +122,7 @@ def begin(
     shape: StateShape,
     *,
     reread: int = 0,
+    spans: Sequence[tuple[int, int]] | None = None,
     scope: str = "",
 ) -> Start:
     """Begin a turn on what a session holds.
@@ -119,24 +132,42 @@ def begin(
         before: the session's content; None for an empty memory.
         shape: the adapter's states, which the content must fit.
         reread: tokens at the prompt's start that are not written.
+        spans: parts of the prompt that are written, each once; None: each token by itself.
         scope: see `cache_scope`.
 
     Raises:
         SnapshotError: the content is not this adapter's.
+        MemoryRequestError: the adapter knows no spans.
     """
     if before is not None:
         shape.check(before.state)
     read_from, write_from = thresholds(mode)
     pending: tuple[int, ...] = ()
     write_until = 0
+    placed: tuple[tuple[int, int], ...] | None = None
     ticket = None
     if mode == "read_write":
         ticket = uuid.uuid4().hex
         pending = () if before is None else before.pending_token_ids
-        if reread:
+        if spans is not None:
+            if shape.granularity == "token":
+                raise MemoryRequestError(
+                    "memory.spans with an adapter that writes every token by itself. Leave it out."
+                )
+            write_until = len(pending)
+            placed = tuple((start + write_until, end + write_until) for start, end in spans)
+        elif reread:
             write_from, write_until = len(pending) + reread, len(pending)
     state = None if before is None else before.state
-    args = MemoryArgs(state, read_from, write_from, write_until, scope, ticket)
+    args = MemoryArgs(
+        state=state,
+        read_from=read_from,
+        write_from=write_from,
+        write_until=write_until,
+        spans=placed,
+        scope=scope,
+        ticket=ticket,
+    )
     return Start(before, args, pending, reread if mode == "read_write" else 0)
 
 

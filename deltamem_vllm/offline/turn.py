@@ -101,10 +101,10 @@ class Turn:
     def kept(self) -> Feed:
         """What its session holds at the end: all tokens but the last, which is not fed."""
         assert self.start is not None and self.output is not None
-        tokens = [*self.entered["prompt_token_ids"], *self.output.outputs[0].token_ids][:-1]
-        return Feed(
-            self.start, {**self.entered, "prompt_token_ids": tokens}, self.lora, self.priority
-        )
+        prompt = self.entered["prompt_token_ids"]
+        tokens = [*prompt, *self.output.outputs[0].token_ids][:-1]
+        start = self.start.ending_at(len(prompt))
+        return Feed(start, {**self.entered, "prompt_token_ids": tokens}, self.lora, self.priority)
 
     def check(self, *, is_chat: bool) -> None:
         """Refuse what cannot be served.

@@ -149,6 +149,7 @@ class Turns:
                     turn.content,
                     self._service.shape,
                     reread=turn.reread,
+                    spans=turn.memory.spans,
                     scope=self._service.cache_scope(turn.lora),
                 )
         for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):

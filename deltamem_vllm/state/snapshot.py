@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamem_vllm.adapter import Adapter, tensor_name
+from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.errors import SnapshotError
 
 
@@ -41,6 +42,9 @@ class StateShape:
     shape: tuple[int, int, int]
     """(H, r, r)"""
 
+    granularity: WriteGranularity = "token"
+    """What one write is."""
+
     @classmethod
     def of(cls, adapter: Adapter) -> Self:
         """The states of an adapter."""
@@ -50,6 +54,7 @@ class StateShape:
             ),
             layer_indices=adapter.layer_indices,
             shape=adapter.config.state_shape,
+            granularity=adapter.config.memory_write_granularity,
         )
 
     def pack(self, state: Mapping[str, Tensor]) -> bytes:

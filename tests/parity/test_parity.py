@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.helpers import DATA, VOCAB, full_logprobs, running
 from tests.sessions.servers import RedisProcess
 
 TOKEN_WISE = ["qwen3_tsw", "qwen3_msw4", "qwen3_qkvo_uncoupled", "qwen3_scaled"]
+SPAN_WISE = ["qwen3_ssw_message"]
 LOGPROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-5
 
@@ -94,6 +96,36 @@ def test_token_wise_case_matches_the_reference(name: str) -> None:
 
     turn(llm, history, 1, Memory(session="prompt only"))
     assert_states(llm.sessions["prompt only"].state, golden, "prompt_state.")
+
+
+def spans_of(ids: list[int]) -> list[tuple[int, int]]:
+    """The ranges of equal ids; -1 is written nowhere."""
+    edges = [0, *(at for at in range(1, len(ids)) if ids[at] != ids[at - 1]), len(ids)]
+    return [one for one in pairwise(edges) if ids[one[0]] >= 0]
+
+
+@pytest.mark.parametrize("budget", [16, 8192])
+@pytest.mark.parametrize("name", SPAN_WISE)
+def test_span_wise_case_matches_the_reference(name: str, budget: int) -> None:
+    """Also a prompt that is cut within spans."""
+    golden = load_file(DATA / name / "golden.safetensors")
+    config = json.loads((DATA / name / "meta.json").read_text())["config"]
+    unit = config["memory_write_granularity"].removesuffix("_mean")
+    spans = spans_of(golden[f"{unit}_ids"].tolist())
+    history, query = golden["history"].tolist(), golden["query"].tolist()
+    llm = open_case(name, max_num_batched_tokens=budget, max_num_seqs=4)
+
+    logprobs, tokens = turn(llm, history, 1, Memory(session="a", spans=spans))
+    assert_close(logprobs, golden["write_logits"])
+    snapshot = llm.sessions["a"]
+    assert_states(snapshot.state, golden, "state.")
+    assert snapshot.tokens_written == len(history)
+    assert snapshot.pending_token_ids == tokens
+
+    read, _ = turn(llm, query, 1, Memory(session="a", mode="read_only"))
+    assert_close(read, golden["read_logits"])
+    empty, _ = turn(llm, query, 1, Memory(session="never written", mode="read_only"))
+    assert_close(empty, golden["empty_logits"])
 
 
 @pytest.fixture(params=["sqlite", "redis"])
