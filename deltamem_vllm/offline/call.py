@@ -109,6 +109,8 @@ class CallSessions:
             own = own if memory.on_busy == "wait" else 0.0
             patience[key] = min(own, patience.get(key, own))
         self._acquire_all(sorted(patience), patience)
+        # Not in the order in which leases came: commits, and what is said of them, are in this one.
+        self._written = dict(sorted(self._written.items()))
         windowed = {key for key, memory in writes if memory.window is not None}
         there = [key for key in patience if self._written[key].lease.version]
         for key, stored in zip(
