@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from deltamem_vllm.adapter import load_adapter
+from deltamem_vllm.adapter import Adapter, load_adapter
 from deltamem_vllm.engine.probe import CorrectionNorms, probed_head, probed_layer
 from deltamem_vllm.training.attached import AttachedMemory
 
@@ -21,6 +21,42 @@ class Answer(NamedTuple):
     state: dict[str, Tensor]  # layer name -> [H, r, r] after the last token
 
 
+class Prompt(NamedTuple):
+    """Tokens that are written by spans."""
+
+    start: int
+    end: int
+    spans: Sequence[tuple[int, int]]
+
+
+class SpanMemory(AttachedMemory):
+    """A memory that can be written by spans: reads are taken before a prompt, and each span writes
+    the mean of what the layer saw."""
+
+    prompt: Prompt | None = None
+
+    def _advance(self, index: int, hidden: Tensor) -> None:
+        if self.prompt is None:
+            super()._advance(index, hidden)
+            return
+        start, end, spans = self.prompt
+        layer, state = self.layer(index), self._states.get(index)
+        if state is None:
+            state = hidden.new_zeros(1, *self.config.state_shape)
+        reads = []
+        if start:
+            before, state = layer.read_and_write(hidden[:, :start], state, None)
+            reads.append(before)
+        reads.append(layer.read(hidden[:, start:end], state))
+        for first, last in spans:
+            mean = hidden[:, first:last].mean(dim=1, keepdim=True)
+            _, state = layer.read_and_write(mean, state, None)
+        if end < hidden.shape[1]:
+            after, state = layer.read_and_write(hidden[:, end:], state, None)
+            reads.append(after)
+        self._states[index], self._reads[index] = state, torch.cat(reads, dim=1)
+
+
 class Oracle:
     """A backbone with its adapter, run token by token through the definition of the memory."""
 
@@ -29,8 +65,9 @@ class Oracle:
             model, dtype=torch.float32, attn_implementation="eager"
         )
         loaded = load_adapter(adapter)
-        self.memory = AttachedMemory(self.model, loaded.config)
-        self.memory.load_adapter(loaded)
+        config = loaded.config.model_copy(update={"memory_write_granularity": "token"})
+        self.memory = SpanMemory(self.model, config)
+        self.memory.load_adapter(Adapter.from_tensors(config, loaded.tensors))
 
     @torch.no_grad()
     def __call__(
@@ -41,9 +78,11 @@ class Oracle:
         writes: bool = True,
         reads: bool = True,
         written: Sequence[bool] | None = None,
+        prompt: Prompt | None = None,
     ) -> Answer:
-        """`written`: which of the tokens write; None: all of them."""
+        """`written`: which of the tokens write; None: all of them. `prompt` is written by spans."""
         self.memory.reset()
+        self.memory.prompt = prompt
         if written is not None:
             self.memory.token_mask = torch.tensor([list(written)])
         self.memory.write_enabled, self.memory.read_enabled = writes, reads

@@ -16,6 +16,10 @@ from deltamem_vllm.api.folding import fold, ingested
 from deltamem_vllm.api.messages import Message, continued, hash_chain, tenant_key
 from deltamem_vllm.api.rendering import ChatRenderer
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
+from deltamem_vllm.api.spans import SpanFinder
+from deltamem_vllm.config import WriteGranularity
+from deltamem_vllm.engine.turn import NO_TEXT, Spans, Text
+from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import SessionKey, SessionRecord
 
@@ -35,11 +39,14 @@ class Plan:
     base: SessionRecord | None = None
     """The version that the turn grows out of; None for an empty memory."""
 
-    ingest: tuple[int, ...] = ()
-    """Tokens to write before."""
+    ingest: Text = NO_TEXT
+    """To write before."""
 
     reread: int = 0
     """Tokens at the prompt's start that are read and not written."""
+
+    spans: Spans | None = None
+    """Parts of the prompt that are written, each once; None: each token by itself."""
 
     chain: tuple[bytes, ...] | None = None
     """Hashes of all whole messages when the prompt is written; None if there is none to keep."""
@@ -61,10 +68,14 @@ class Conversations:
     Args:
         renderer: messages as tokens.
         secret: keys the hashes of messages, see `tenant_key`.
+        granularity: what the adapter writes at once.
     """
 
-    def __init__(self, renderer: ChatRenderer, secret: bytes) -> None:
+    def __init__(
+        self, renderer: ChatRenderer, secret: bytes, granularity: WriteGranularity = "token"
+    ) -> None:
         self._renderer = renderer
+        self._granularity = granularity
         self._secret = secret
         self._terminators: dict[str, tuple[int, ...]] = {}
 
@@ -90,7 +101,12 @@ class Conversations:
         """
         current = versions[0] if versions else None
         if not isinstance(request, MemoryChatRequest):
-            return Plan(request, current)
+            return Plan(request, current, spans=memory.spans)
+        if memory.spans is not None:
+            raise MemoryRequestError(
+                "memory.spans belong to prompts; those of a chat are found by its template. Leave "
+                "them out."
+            )
         if memory.window is not None:
             return await self._fold(request, body, memory, key, versions, writes=True)
         written = () if current is None else current.content.message_chain
@@ -99,7 +115,8 @@ class Conversations:
             partial = whole.pop()
             self.chain_of([partial], key.tenant)  # refuses what cannot be kept, before generating
         chain = (*written, *self.chain_of(whole, key.tenant))
-        return Plan(request, current, chain=chain, partial=partial)
+        spans = await self._spans(request, body["messages"])
+        return Plan(request, current, spans=spans, chain=chain, partial=partial)
 
     async def plan_reading(
         self,
@@ -117,16 +134,18 @@ class Conversations:
 
     async def ingested(
         self, request: MemoryChatRequest, messages: Sequence[Message], tenant: str
-    ) -> tuple[list[int], tuple[bytes, ...]]:
-        """What is written of messages that are not to be answered: tokens, and messages' hashes.
+    ) -> tuple[Text, tuple[bytes, ...]]:
+        """What is written of messages that are not to be answered, and their hashes.
 
         Raises:
             MemoryRequestError: see `ingested` in `folding.py`.
         """
         chain = await asyncio.to_thread(self.chain_of, messages, tenant)
         bare = self._render(_without_tools(request)) if request.tools else None
-        tokens = await asyncio.to_thread(ingested, messages, self._render(request), bare)
-        return list(tokens), chain
+        text = await asyncio.to_thread(
+            ingested, messages, self._render(request), bare, self._finder()
+        )
+        return text, chain
 
     async def pending(
         self, request: GenerationRequest, output_ids: Sequence[int]
@@ -172,6 +191,7 @@ class Conversations:
         *,
         writes: bool,
     ) -> Plan:
+        text_tokens = self._text_tokens()
         folded = await asyncio.to_thread(
             fold,
             body["messages"],
@@ -180,7 +200,8 @@ class Conversations:
             tenant_key(self._secret, key.tenant),
             self._render(request),
             self._render(_without_tools(request)) if request.tools else None,
-            self._text_counter(),
+            lambda text: len(text_tokens(text)),
+            self._finder(),
             writes=writes,
         )
         return Plan(
@@ -188,6 +209,7 @@ class Conversations:
             base=folded.base,
             ingest=folded.ingest,
             reread=folded.reread,
+            spans=folded.spans,
             chain=folded.chain,
             tokens_saved=folded.tokens_saved,
         )
@@ -221,15 +243,35 @@ class Conversations:
 
         return render
 
-    def _text_counter(self) -> Callable[[str], int]:
-        """A function that counts a text's tokens, to be called from threads."""
+    def _text_tokens(self) -> Callable[[str], list[int]]:
+        """A function that makes tokens of a text, to be called from threads."""
         loop = asyncio.get_running_loop()
 
-        def count(text: str) -> int:
+        def text_tokens(text: str) -> list[int]:
             tokens = self._renderer.text_tokens(text)
-            return len(asyncio.run_coroutine_threadsafe(tokens, loop).result())
+            return asyncio.run_coroutine_threadsafe(tokens, loop).result()
 
-        return count
+        return text_tokens
+
+    def _finder(self) -> SpanFinder | None:
+        if self._granularity == "token":
+            return None
+        return SpanFinder(self._granularity, self._text_tokens())
+
+    async def _spans(self, request: MemoryChatRequest, messages: Sequence[Message]) -> Spans | None:
+        """The spans of a chat without a window."""
+        finder = self._finder()
+        if finder is None:
+            return None
+        render = self._render(request)
+        bare = self._render(_without_tools(request)) if request.tools else None
+        return await asyncio.to_thread(
+            finder.find_all,
+            render,
+            bare,
+            messages,
+            add_generation_prompt=request.add_generation_prompt,
+        )
 
 
 def _without_tools(request: MemoryChatRequest) -> MemoryChatRequest:

@@ -18,6 +18,8 @@ from deltamem_vllm.api.messages import (
     said_by,
     texts_of,
 )
+from deltamem_vllm.api.spans import SpanFinder
+from deltamem_vllm.engine.turn import Spans, Text
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
@@ -64,11 +66,14 @@ class Fold:
     shown: tuple[Message, ...]
     """The prompt's messages."""
 
-    ingest: tuple[int, ...]
-    """Tokens to write before."""
+    ingest: Text
+    """To write before."""
 
     reread: int
     """Tokens at the prompt's start that are read and not written."""
+
+    spans: Spans | None
+    """Parts of the prompt that are written, each once; None: each token by itself."""
 
     chain: tuple[bytes, ...]
     """Hashes of all messages when the prompt is written."""
@@ -102,6 +107,7 @@ def fold(
     render: Render,
     bare: Render | None,
     count_text: Callable[[str], int],
+    finder: SpanFinder | None = None,
     *,
     writes: bool,
 ) -> Fold:
@@ -114,6 +120,7 @@ def fold(
         key: see `hash_message`.
         render, bare: the model's chat template, see `split_boundary`.
         count_text: tokens of a text by itself.
+        finder: None if each token is written by itself.
         writes: see `plan_fold`.
 
     Raises:
@@ -132,33 +139,43 @@ def fold(
     )
     shown = (*plan.standing, *plan.reread, *plan.fresh)
     prompt = render(shown, add_generation_prompt=True)
-    reread = 0
+    reread, spans = 0, None
     if writes:
         reread = split_boundary(
             render, plan.standing, plan.reread, plan.fresh, prompt=prompt, bare=bare
         )
+        if finder is not None:
+            first = len(plan.standing) + len(plan.reread)
+            spans = finder.find(render, shown, prompt, start=reread, first=first)
     return Fold(
         base=next((one for one in versions if one.version == plan.base_version), None),
         shown=shown,
-        ingest=_ingested(plan.standing, plan.ingest, render, bare),
+        ingest=_ingested(plan.standing, plan.ingest, render, bare, finder),
         reread=reread,
+        spans=spans,
         chain=plan.chain_after_prompt,
         tokens_saved=_saved(render, plan, len(prompt)),
     )
 
 
-def ingested(messages: Sequence[Message], render: Render, bare: Render | None) -> tuple[int, ...]:
+def ingested(
+    messages: Sequence[Message],
+    render: Render,
+    bare: Render | None,
+    finder: SpanFinder | None = None,
+) -> Text:
     """The tokens of messages that are written without being answered, but for standing ones.
 
     Args:
         messages: in order.
         render, bare: the model's chat template, see `split_boundary`.
+        finder: None if each token is written by itself.
 
     Raises:
         MemoryRequestError: there is nothing to write, or a message is malformed or not text.
     """
     standing, chain = _parted(messages)
-    return _ingested(standing, [message for _, message in chain], render, bare)
+    return _ingested(standing, [message for _, message in chain], render, bare, finder)
 
 
 def _ingested(
@@ -166,15 +183,26 @@ def _ingested(
     messages: Sequence[Message],
     render: Render,
     bare: Render | None,
-) -> tuple[int, ...]:
+    finder: SpanFinder | None,
+) -> Text:
     """Messages rendered behind the standing ones, which stay out, as in a prompt."""
     if not messages:
-        return ()
+        return Text()
     tokens = render([*standing, *messages], add_generation_prompt=False)
     start = split_boundary(
         render, standing, (), messages, add_generation_prompt=False, prompt=tokens, bare=bare
     )
-    return tuple(tokens[start:])
+    spans = None
+    if finder is not None:
+        spans = finder.find(
+            render,
+            [*standing, *messages],
+            tokens,
+            start=start,
+            first=len(standing),
+            add_generation_prompt=False,
+        )
+    return Text(tokens, spans).part(start, len(tokens))
 
 
 def _saved(render: Render, plan: FoldPlan, num_shown: int) -> int:

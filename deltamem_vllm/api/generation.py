@@ -220,14 +220,19 @@ class Generation:
         if plan.ingest:
             writing = service.ingester.write(
                 content,
-                list(plan.ingest),
+                plan.ingest,
                 segment_tokens=segment_size(content, None, service.settings.segment_tokens),
                 scope=asked.scope.cache,
                 lora_request=asked.scope.lora,
             )
             content = [content async for _, content in writing][-1]
         start = begin(
-            "read_write", content, service.shape, reread=plan.reread, scope=asked.scope.cache
+            "read_write",
+            content,
+            service.shape,
+            reread=plan.reread,
+            spans=plan.spans,
+            scope=asked.scope.cache,
         )
         engine_turn = usage.engine_turn = EngineTurn(start, asked.scope.lora)
         with service.door.carrying(engine_turn):

@@ -9,7 +9,7 @@ from typing import Any, Final
 from deltamem_vllm.api import metrics
 from deltamem_vllm.api.door import EngineDoor
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest
-from deltamem_vllm.engine.turn import begin, segments
+from deltamem_vllm.engine.turn import Text, begin, segments
 from deltamem_vllm.errors import MemoryRequestError, TurnMismatchError
 from deltamem_vllm.sessions import SessionContent
 from deltamem_vllm.sessions.limits import check_name
@@ -113,17 +113,17 @@ class Ingester:
     async def write(
         self,
         content: SessionContent | None,
-        tokens: list[int],
+        text: Text,
         *,
         segment_tokens: int,
         scope: str = "",
         **engine_kwargs: Any,
     ) -> AsyncIterator[tuple[int, SessionContent]]:
-        """Write `tokens` after what a session holds.
+        """Write `text` after what a session holds.
 
         Args:
             content: the session; None for an empty memory.
-            tokens: to be written, all of them.
+            text: to be written, all of it.
             segment_tokens: see `segment_size`.
             scope: see `begin`.
             engine_kwargs: further arguments of the engine client's `generate`.
@@ -134,9 +134,9 @@ class Ingester:
         size = min(segment_tokens, self._max_segment)
         pending = 0 if content is None else len(content.pending_token_ids)
         written = 0
-        for segment in segments(tokens, size, pending):
-            start = begin("read_write", content, self._shape, scope=scope)
-            state = await self._door.feed(start, list(segment), **engine_kwargs)
+        for segment in segments(text, size, pending):
+            start = begin("read_write", content, self._shape, spans=segment.spans, scope=scope)
+            state = await self._door.feed(start, list(segment.tokens), **engine_kwargs)
             fed = len(start.pending) + len(segment)
             content = segment_written(start.content(state, fed, pending=()), segment_tokens)
             written += len(segment)

@@ -29,6 +29,7 @@ from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream
 from deltamem_vllm.api.turns import WritingTurn
 from deltamem_vllm.api.usage import Usage
+from deltamem_vllm.engine.turn import Text
 from deltamem_vllm.errors import BrokenOffError, ConflictError, DeltaMemError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import IngestJob, SessionKey, Turn
@@ -120,11 +121,11 @@ class Ingests:
         base = None if job.body.replace else turn.current
         content = None if base is None else base.content
         size = segment_size(content, job.body.segment_tokens, self._service.settings.segment_tokens)
-        tokens, chain = await self._source(job, model)
-        if not tokens:
+        text, chain = await self._source(job, model)
+        if not text:
             raise MemoryRequestError("there is no token in it to write.")
-        report = partial(ingest_report, job.key.name, job.job_id, tokens=len(tokens))
-        job.usage.ingested_tokens = len(tokens)
+        report = partial(ingest_report, job.key.name, job.job_id, tokens=len(text))
+        job.usage.ingested_tokens = len(text)
         job.usage.tokens_before = 0 if content is None else content.tokens_written
         position = 0
         found = await turns.call(store.find_job, job.key, job.job_id)
@@ -135,7 +136,7 @@ class Ingests:
         yield report(content, version=version, position=position)
         writing = self._service.ingester.write(
             content,
-            tokens[position:],
+            text.part(position, len(text)),
             segment_tokens=size,
             scope=job.scope.cache,
             lora_request=job.scope.lora,
@@ -143,7 +144,7 @@ class Ingests:
         start = position
         async for written, content in writing:
             position = start + written
-            if position < len(tokens):
+            if position < len(text):
                 await turns.call(
                     store.save_job,
                     turn.lease,
@@ -163,16 +164,16 @@ class Ingests:
         )
         yield done
 
-    async def _source(self, job: _Job, model: str | None) -> tuple[list[int], tuple[bytes, ...]]:
+    async def _source(self, job: _Job, model: str | None) -> tuple[Text, tuple[bytes, ...]]:
         """What is to be written, and the hashes of its messages."""
         body = job.body
         if body.text is not None:
-            return await self._service.renderer.text_tokens(body.text), ()
+            return Text(await self._service.renderer.text_tokens(body.text)), ()
         if body.token_ids is not None:
             vocabulary = job.raw.app.state.vllm_config.model_config.get_vocab_size()
             if not all(0 <= token < vocabulary for token in body.token_ids):
                 raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
-            return body.token_ids, ()
+            return Text(body.token_ids), ()
         assert body.messages is not None
         asked = {"messages": body.messages, "tools": body.tools, "model": model}
         asked = {name: value for name, value in asked.items() if value is not None}

@@ -98,7 +98,9 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         # One token stays for the request's own answer.
         ingester=Ingester(door, shape, max_model_len - 1),
         renderer=renderer,
-        conversations=Conversations(renderer, settings.hash_secret.get_secret_value().encode()),
+        conversations=Conversations(
+            renderer, settings.hash_secret.get_secret_value().encode(), shape.granularity
+        ),
         tenants=TenantResolver(settings),
         shape=shape,
         fingerprints=fingerprints,

@@ -18,6 +18,9 @@ from deltamem_vllm.sessions import SessionContent
 from deltamem_vllm.state.page import MemoryMode, thresholds
 from deltamem_vllm.state.snapshot import StateShape
 
+Spans = tuple[tuple[int, int], ...]
+"""Half-open ranges of tokens, in order."""
+
 REPLAYS: Final = 3
 """Attempts to write a turn again; one fails only if it is preempted at its end."""
 
@@ -171,19 +174,45 @@ def begin(
     return Start(before, args, pending, reread if mode == "read_write" else 0)
 
 
-def segments(tokens: Sequence[int], size: int, num_pending: int = 0) -> Iterator[Sequence[int]]:
+@dataclass(frozen=True)
+class Text:
+    """Tokens to be written without being answered."""
+
+    tokens: Sequence[int] = ()
+    spans: Spans | None = None
+    """See `MemoryArgs.spans`."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def part(self, start: int, end: int) -> "Text":
+        """Some of the tokens. A span that is cut becomes one on either side."""
+        spans = self.spans
+        if spans is not None:
+            clipped = ((max(begin, start), min(stop, end)) for begin, stop in spans)
+            spans = tuple((begin - start, stop - start) for begin, stop in clipped if begin < stop)
+        return Text(self.tokens[start:end], spans)
+
+
+NO_TEXT: Final = Text()
+
+
+def segments(text: Text, size: int, num_pending: int = 0) -> Iterator[Text]:
     """Cut a text of any length into consecutive pieces for one request each.
 
     Pending tokens count as the beginning of the first piece, so a text that goes on after a piece
-    is cut as one that was never interrupted.
+    is cut as one that was never interrupted. Spans are kept whole where they fit.
 
     Args:
-        tokens: the text.
-        size: tokens per request.
+        text: the text.
+        size: tokens per request, at the most.
         num_pending: tokens that go before the text.
     """
-    first = max(1, size - num_pending)
-    if tokens:
-        yield tokens[:first]
-    for start in range(first, len(tokens), size):
-        yield tokens[start : start + size]
+    start, room = 0, max(1, size - num_pending)
+    while start < len(text):
+        end = min(start + room, len(text))
+        for begin, stop in text.spans or ():
+            if start < begin < end < stop:
+                end = begin
+        yield text.part(start, end)
+        start, room = end, size

@@ -22,7 +22,7 @@ from deltamem_vllm.api.ingest import (
 from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.messages import hash_chain
 from deltamem_vllm.api.schemas import IngestReport, IngestRequest
-from deltamem_vllm.engine.turn import begin, segments
+from deltamem_vllm.engine.turn import Text, begin, segments
 from deltamem_vllm.errors import MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
@@ -39,17 +39,17 @@ class Writing:
     content: SessionContent | None
     """The session, after the tokens written so far."""
 
-    tokens: Sequence[int]
+    text: Text
     segment_tokens: int
     lora: Any = None
     position: int = 0
     """Tokens written so far."""
 
-    def segments(self, max_segment: int) -> Iterator[Sequence[int]]:
+    def segments(self, max_segment: int) -> Iterator[Text]:
         """What is left, cut into requests."""
         pending = 0 if self.content is None else len(self.content.pending_token_ids)
         size = min(self.segment_tokens, max_segment)
-        return segments(self.tokens[self.position :], size, pending)
+        return segments(self.text.part(self.position, len(self.text)), size, pending)
 
 
 def write_all(
@@ -73,9 +73,13 @@ def write_all(
         feeds = []
         for one, segment in step:
             start = begin(
-                "read_write", one.content, service.shape, scope=service.cache_scope(one.lora)
+                "read_write",
+                one.content,
+                service.shape,
+                spans=segment.spans,
+                scope=service.cache_scope(one.lora),
             )
-            prompt = {"type": "token", "prompt_token_ids": list(segment)}
+            prompt = {"type": "token", "prompt_token_ids": list(segment.tokens)}
             feeds.append(Feed(start, start.prompt(prompt), one.lora))
         for (one, segment), feed, state in zip(
             step, feeds, service.engine.feed(feeds), strict=True
@@ -197,17 +201,17 @@ class Ingests:
             job.chain = hash_chain(body.messages, self._service.chain_key)
             render = chat_render(llm, {**self._arguments, "tools": body.tools})
             bare = chat_render(llm, self._arguments) if body.tools else None
-            tokens = list(ingested(body.messages, render, bare))
+            text = ingested(body.messages, render, bare, self._service.finder)
         elif body.text is not None:
-            tokens = text_tokens(llm, body.text)
+            text = Text(text_tokens(llm, body.text))
         else:
-            tokens = body.token_ids or []
+            text = Text(body.token_ids or ())
             vocabulary = llm.model_config.get_vocab_size()
-            if not all(0 <= token < vocabulary for token in tokens):
+            if not all(0 <= token < vocabulary for token in text.tokens):
                 raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
-        if not tokens:
+        if not text:
             raise MemoryRequestError("there is no token in it to write.")
-        job.writing = Writing(content, tokens, size, job.lora)
+        job.writing = Writing(content, text, size, job.lora)
 
     def _find_positions(self, jobs: Sequence[Job]) -> None:
         """Go on where named jobs stopped."""
@@ -223,7 +227,7 @@ class Ingests:
 
     def _write(self, jobs: Sequence[Job], use_tqdm: bool) -> None:
         writings = [job.writing for job in jobs if job.writing is not None]
-        total = sum(len(one.tokens) for one in writings)
+        total = sum(len(one.text) for one in writings)
         with tqdm(total=total, unit="tok", desc="Ingested", disable=not use_tqdm) as progress:
 
             def after_segments() -> None:
@@ -255,7 +259,7 @@ class Ingests:
             job.name,
             content,
             version=version + 1,
-            tokens=len(job.writing.tokens),
+            tokens=len(job.writing.text),
             position=job.writing.position,
             done=True,
         )
@@ -277,4 +281,4 @@ class Ingests:
 
 
 def _is_on_its_way(job: Job) -> bool:
-    return job.writing is not None and 0 < job.writing.position < len(job.writing.tokens)
+    return job.writing is not None and 0 < job.writing.position < len(job.writing.text)

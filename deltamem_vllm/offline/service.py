@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,12 +22,14 @@ from deltamem_vllm.api.conversation import TEMPLATES_KNOWN
 from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.messages import tenant_key
 from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.api.spans import SpanFinder
 from deltamem_vllm.engine.compat import engine_is_dead
 from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import MemoryRequestError, StoreError
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import OfflineEngine
+from deltamem_vllm.offline.rendering import text_tokens
 from deltamem_vllm.sessions import SessionKey, SessionStore, open_store
 from deltamem_vllm.sessions.keeper import LeaseKeeper
 from deltamem_vllm.state.snapshot import StateShape
@@ -97,6 +99,13 @@ class OfflineService:
         """Keys the hashes of the tenant's messages."""
         secret = self.settings.hash_secret.get_secret_value().encode()
         return tenant_key(secret, self.tenant)
+
+    @property
+    def finder(self) -> SpanFinder | None:
+        """Finds the spans of chats; None if the adapter writes each token by itself."""
+        if self.shape.granularity == "token":
+            return None
+        return SpanFinder(self.shape.granularity, partial(text_tokens, self.llm))
 
     @property
     def max_model_len(self) -> int:

@@ -10,7 +10,7 @@ from vllm import RequestOutput, SamplingParams
 
 from deltamem_vllm.api.messages import Message
 from deltamem_vllm.engine.request_args import ARGS_KEY
-from deltamem_vllm.engine.turn import Start
+from deltamem_vllm.engine.turn import NO_TEXT, Spans, Start, Text
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.engine import Feed
@@ -46,11 +46,14 @@ class Turn:
     content: SessionContent | None = None
     """What it begins with: the base's, or that after `ingest`."""
 
-    ingest: tuple[int, ...] = ()
-    """Tokens to write before."""
+    ingest: Text = NO_TEXT
+    """To write before."""
 
     reread: int = 0
     """Tokens at the prompt's start that are read and not written."""
+
+    spans: Spans | None = None
+    """Parts of the prompt that are written, each once; None: each token by itself."""
 
     chain: tuple[bytes, ...] | None = None
     """Hashes of all whole messages when the prompt is written; None if there is none to keep."""
@@ -133,6 +136,11 @@ class Turn:
             raise MemoryRequestError(
                 f"n={params.n} with read_write memory: a session has one future. Use n=1 or "
                 "read_only."
+            )
+        if memory.spans is not None and is_chat:
+            raise MemoryRequestError(
+                "memory.spans belong to prompts; those of a chat are found by its template. Leave "
+                "them out."
             )
         if memory.window is not None and not is_chat:
             raise MemoryRequestError(

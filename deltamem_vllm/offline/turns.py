@@ -149,7 +149,7 @@ class Turns:
                     turn.content,
                     self._service.shape,
                     reread=turn.reread,
-                    spans=turn.memory.spans,
+                    spans=turn.spans,
                     scope=self._service.cache_scope(turn.lora),
                 )
         for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):
@@ -177,11 +177,13 @@ class Turns:
                     self._render,
                     self._render_bare if self._arguments.get("tools") else None,
                     lambda text: len(text_tokens(self._service.llm, text)),
+                    self._service.finder,
                     writes=turn.writes,
                 )
             turn.base = folded.base
             turn.prompt = [dict(message) for message in folded.shown]
             turn.ingest, turn.reread = folded.ingest, folded.reread
+            turn.spans = folded.spans
             turn.chain, turn.tokens_saved = folded.chain, folded.tokens_saved
         elif turn.writes and self._is_chat:
             written = () if turn.base is None else turn.base.content.message_chain
@@ -190,6 +192,16 @@ class Turns:
                 turn.partial = whole.pop()
                 hash_message(turn.partial, self._service.chain_key)  # refuses what cannot be kept
             turn.chain = (*written, *hash_chain(whole, self._service.chain_key))
+            if self._service.finder is not None:
+                assert self._render is not None
+                turn.spans = self._service.finder.find_all(
+                    self._render,
+                    self._render_bare if self._arguments.get("tools") else None,
+                    turn.prompt,
+                    add_generation_prompt=self._arguments.get("add_generation_prompt", True),
+                )
+        elif turn.writes:
+            turn.spans = memory.spans
         turn.content = None if turn.base is None else turn.base.content
 
     def _versions(self, memory: Memory, key: SessionKey) -> tuple[SessionRecord, ...]:

@@ -1,0 +1,108 @@
+"""Which tokens of a chat are written together."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+
+from deltamem_vllm.api.messages import Message
+from deltamem_vllm.api.spans import SpanFinder, sentences
+from deltamem_vllm.config import WriteGranularity
+from deltamem_vllm.engine.turn import Text, segments
+from deltamem_vllm.errors import MemoryRequestError
+from tests.api.templates import CHATML, LLAMA, MERGED, THINKING, TOKENIZER, Renderer
+
+
+def said(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+CHAT = [
+    said("system", "be kind"),
+    said("user", "My dog is Rex.\n\nHe barks! Does he?"),
+    said("assistant", "He does."),
+    said("user", "ok"),
+]
+
+
+def spans_of(
+    template: str,
+    messages: Sequence[Message],
+    granularity: WriteGranularity = "message_mean",
+    *,
+    add_generation_prompt: bool = True,
+) -> list[str]:
+    """The texts of a chat's spans."""
+    finder = SpanFinder(granularity, lambda text: TOKENIZER.encode(text))
+    render = Renderer(template)
+    prompt = render(messages, add_generation_prompt=add_generation_prompt)
+    found = finder.find_all(render, None, messages, add_generation_prompt=add_generation_prompt)
+    return [TOKENIZER.decode(prompt[begin:end]) for begin, end in found]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_a_message_is_what_its_template_adds_for_it(add_generation_prompt: bool) -> None:
+    assert spans_of(CHATML, CHAT, add_generation_prompt=add_generation_prompt) == [
+        f"<|im_start|>{message['role']}\n{message['content']}<|im_end|>\n" for message in CHAT[1:]
+    ]
+    assert spans_of(LLAMA, CHAT[1:], add_generation_prompt=add_generation_prompt)[1:] == [
+        f"<|head|>{message['role']}<|/head|>\n\n{message['content']}<|eot|>" for message in CHAT[2:]
+    ]
+
+
+def test_a_system_message_among_others_is_in_no_span() -> None:
+    spans = spans_of(CHATML, [CHAT[1], CHAT[0], CHAT[3]])
+    assert [span.split("\n")[0] for span in spans] == ["<|im_start|>user"] * 2
+
+
+def test_a_sentence_is_part_of_a_message_without_its_frame() -> None:
+    assert spans_of(CHATML, CHAT, "sentence_mean") == [
+        "My dog is Rex.",
+        "\n\nHe barks!",
+        " Does he?",
+        "He does.",
+        "ok",
+    ]
+
+
+def test_a_token_across_sentences_makes_them_one() -> None:
+    chat = [said("user", "one.\n\n\ntwo")]
+    assert sentences("one.\n\n\ntwo") == ["one.", "\n\n\ntwo"]
+    # Three line breaks are a pair and a single one here, whatever stands before them.
+    assert spans_of(CHATML, chat, "sentence_mean") == ["one.", "\n\n\ntwo"]
+    joined = SpanFinder("sentence_mean", lambda text: TOKENIZER.encode(text.replace(".\n", "!")))
+    render = Renderer(CHATML)
+    prompt = render(chat, add_generation_prompt=True)
+    (span,) = joined.find_all(render, None, chat, add_generation_prompt=True)
+    assert TOKENIZER.decode(prompt[slice(*span)]) == "<|im_start|>user\none.\n\n\ntwo<|im_end|>\n"
+
+
+def test_a_template_that_changes_messages_is_refused() -> None:
+    chat = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    with pytest.raises(MemoryRequestError, match=r"memory\.spans"):
+        spans_of(THINKING, chat)
+    # Nothing follows here.
+    assert len(spans_of(THINKING, chat[:2], add_generation_prompt=False)) == 2
+
+
+def test_a_token_that_holds_two_messages_belongs_to_the_later() -> None:
+    chat = [said("user", "a"), said("assistant", "b"), said("user", "c")]
+    prompt = Renderer(MERGED)(chat, add_generation_prompt=True)
+    finder = SpanFinder("message_mean", TOKENIZER.encode)
+    found = finder.find_all(Renderer(MERGED), None, chat, add_generation_prompt=True)
+    assert all(one[1] == other[0] for one, other in pairwise(found))
+    assert found[-1][1] <= len(prompt)
+
+
+def test_text_is_cut_between_spans_where_they_fit() -> None:
+    text = Text(range(20), ((0, 4), (4, 9), (11, 20)))
+    pieces = list(segments(text, 8, num_pending=2))
+    assert [list(piece.tokens) for piece in pieces] == [
+        [*range(4)],
+        [*range(4, 11)],
+        [*range(11, 19)],
+        [19],
+    ]
+    assert [piece.spans for piece in pieces] == [((0, 4),), ((0, 5),), ((0, 8),), ((0, 1),)]
+    cuts = [list(piece.tokens) for piece in segments(Text(range(5)), 2)]
+    assert cuts == [[0, 1], [2, 3], [4]]
