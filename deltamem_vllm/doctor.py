@@ -283,15 +283,7 @@ def check_adapter(model: str | None, adapter: str | None) -> Findings:
     else:
         assert adapter is not None
         loaded = load_adapter(adapter)
-    granularity = loaded.config.memory_write_granularity
-    if granularity != "token":
-        yield Finding(
-            "adapter",
-            Status.wrong,
-            f"writes by {granularity}",
-            "Only token-wise adapters are served; choose another.",
-        )
-    elif loaded.is_inert:
+    if loaded.is_inert:
         yield Finding(
             "adapter",
             Status.wrong,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.errors import SnapshotError
 from deltamem_vllm.sessions import SessionContent, SessionRecord
 from deltamem_vllm.state.fingerprint import FingerprintParts
@@ -24,14 +25,19 @@ def export_record(record: SessionRecord, parts: FingerprintParts, shape: StateSh
 
 
 def import_content(data: bytes, parts: FingerprintParts, shape: StateShape) -> SessionContent:
-    """What a file's session holds, for a model of this fingerprint; see `load_snapshot`."""
+    """What a file's session holds, for a model of this fingerprint; see `load_snapshot`.
+
+    It counts as written without a window: what it holds besides its messages cannot be told.
+    """
     file = load_snapshot(data, parts, shape)
-    return SessionContent(
-        state=file.state,
-        tokens_written=file.tokens_written,
-        pending_token_ids=file.pending_token_ids,
-        message_chain=file.message_chain,
-        metadata=file.metadata,
+    return unfolded(
+        SessionContent(
+            state=file.state,
+            tokens_written=file.tokens_written,
+            pending_token_ids=file.pending_token_ids,
+            message_chain=file.message_chain,
+            metadata=file.metadata,
+        )
     )
 
 

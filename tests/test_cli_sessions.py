@@ -14,6 +14,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.cli import app
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 from deltamem_vllm.errors import SessionNotFoundError
@@ -204,7 +205,7 @@ def test_an_exported_session_comes_back_the_same(
     assert "version 1" in succeeded(run("import", file, "ada again", *MODEL, url=new))
     with open_store(new) as other:
         record = other.get(SessionKey("public", model_fingerprint, "ada again"))
-    assert record.content == content(2)
+    assert record.content == unfolded(content(2))
     assert record.version == 1 and record.expires_at is None
     assert_readable_failure(run("import", file, "ada again", *MODEL, url=new), "ada again")
     succeeded(run("import", file, "mayfly", *MODEL, "--ttl", 60, "--tenant", "t", url=new))
@@ -279,7 +280,7 @@ def test_a_session_of_a_served_variant_is_exported_and_imported(
         )
     succeeded(run("export", "ada", out, *MODEL, *options, url=url))
     succeeded(run("import", out, "ada again", *MODEL, *options, url=url))
-    assert store.get(SessionKey("public", served, "ada again")).content == content(1)
+    assert store.get(SessionKey("public", served, "ada again")).content == unfolded(content(1))
     assert_readable_failure(
         run("import", out, "x", *MODEL, "--hf-overrides", "[1]", url=url), "--hf-overrides"
     )

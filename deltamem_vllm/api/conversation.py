@@ -19,7 +19,7 @@ from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest
 from deltamem_vllm.api.spans import SpanFinder
 from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.engine.turn import NO_TEXT, Spans, Text
-from deltamem_vllm.errors import MemoryRequestError
+from deltamem_vllm.errors import ConflictError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import SessionKey, SessionRecord
 
@@ -60,6 +60,19 @@ class Plan:
     @property
     def base_version(self) -> int:
         return 0 if self.base is None else self.base.version
+
+
+def check_pinned(memory: Memory, base_version: int) -> None:
+    """Refuse to read another version than a reader with a window asked for.
+
+    Raises:
+        ConflictError: his history is older than that version.
+    """
+    if memory.on_divergence is None and memory.version not in (None, base_version):
+        raise ConflictError(
+            f"the history is that before version {memory.version} of session {memory.session!r}. "
+            "Leave version out to read the one that fits."
+        )
 
 
 class Conversations:
@@ -130,7 +143,9 @@ class Conversations:
         another; see `plan_writing`."""
         if memory.window is None or not isinstance(request, MemoryChatRequest):
             return Plan(request, versions[0] if versions else None)
-        return await self._fold(request, body, memory, key, versions, writes=False)
+        plan = await self._fold(request, body, memory, key, versions, writes=False)
+        check_pinned(memory, plan.base_version)
+        return plan
 
     async def ingested(
         self, request: MemoryChatRequest, messages: Sequence[Message], tenant: str

@@ -5,7 +5,7 @@ The door stands in place of that method: while a turn is carried, the request ge
 on its way in, and its final state is fetched before its last output goes out.
 """
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -14,9 +14,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
 from deltamem_vllm.api import metrics
+from deltamem_vllm.api.fingerprints import Fingerprints, lora_changed
 from deltamem_vllm.api.states import FinalState, StateCollector
 from deltamem_vllm.engine.turn import BROKEN_OFF, REPLAYS, Start
-from deltamem_vllm.errors import ConflictError, DeltaMemError, MemoryRequestError
+from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
 
 
 class EngineTurn:
@@ -65,7 +66,7 @@ class EngineDoor:
         engine_client: vLLM's, of this API server.
         collector: fetches final states.
         max_model_len: tokens that a request may have in all, pending ones included.
-        loras: vLLM's LoRA requests by name; they come and go while the server runs.
+        fingerprints: know which LoRAs are served.
     """
 
     def __init__(
@@ -73,12 +74,12 @@ class EngineDoor:
         engine_client: Any,
         collector: StateCollector,
         max_model_len: int,
-        loras: Mapping[str, Any],
+        fingerprints: Fingerprints,
     ) -> None:
         self._generate: Callable[..., AsyncIterator[Any]] = engine_client.generate
         self._collector = collector
         self._max_model_len = max_model_len
-        self._loras = loras
+        self._fingerprints = fingerprints
         self._num_requests = 0
         engine_client.generate = self.generate
 
@@ -104,7 +105,7 @@ class EngineDoor:
             return self._generate(prompt, sampling_params, request_id, **kwargs)
         start = turn.start
         if turn.lora is not kwargs.get("lora_request"):
-            raise _lora_changed()
+            raise lora_changed()
         if start.args.ticket is None:
             params = start.params(sampling_params)
             turn.num_running += 1
@@ -138,23 +139,14 @@ class EngineDoor:
             kwargs: further arguments of the engine client's `generate`.
 
         Raises:
-            ConflictError: see `check_lora`.
+            ConflictError: see `Fingerprints.check`.
         """
-        lora = kwargs.get("lora_request")
-        self.check_lora(lora)  # vLLM would load a LoRA that is gone from its path again
+        check, lora = self._fingerprints.check, kwargs.get("lora_request")
+        await check(lora)  # vLLM would load a LoRA that is gone from its path again
         prompt = start.prompt({"type": "token", "prompt_token_ids": tokens})
         state = await self._feed(start, prompt, kwargs)
-        self.check_lora(lora)
+        await check(lora)
         return state
-
-    def check_lora(self, lora: Any) -> None:
-        """Refuse what was computed with a LoRA that was loaded again meanwhile, maybe with both.
-
-        Raises:
-            ConflictError: it was, or it is unloaded.
-        """
-        if lora is not None and self._loras.get(lora.lora_name) is not lora:
-            raise _lora_changed()
 
     async def _run(
         self,
@@ -224,13 +216,6 @@ class EngineDoor:
             f"a turn could not be written in {REPLAYS} attempts: the KV cache is too small for "
             "the requests that share it. Nothing was written."
         )
-
-
-def _lora_changed() -> ConflictError:
-    return ConflictError(
-        "the model's LoRA was loaded again, or unloaded, while the turn ran or waited. Nothing of "
-        "it was written; send the request again."
-    )
 
 
 def _is_after(final: FinalState, num_tokens: int) -> bool:

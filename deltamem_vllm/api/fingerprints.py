@@ -2,8 +2,9 @@
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from deltamem_vllm.adapter import resolve_base_dir
 from deltamem_vllm.engine.compat import get_adapter_absolute_path
@@ -17,6 +18,8 @@ from deltamem_vllm.state.fingerprint import (
 )
 
 Stamp = tuple[tuple[str, int, int], ...]
+
+_NOTHING: Final[tuple[Any, FingerprintParts | None]] = (None, None)
 
 
 class Fingerprints:
@@ -47,15 +50,17 @@ class Fingerprints:
         self._lock = threading.Lock()
         self._read: dict[str, tuple[Stamp, FingerprintParts]] = {}
         self._loaded: dict[str, tuple[Any, FingerprintParts]] = {}
+        self._served: Mapping[str, Any] | None = None
 
-    def watch(self, engine_client: Any, loaded: list[Any]) -> None:
+    def watch(self, engine_client: Any, served: Mapping[str, Any]) -> None:
         """Read the files of LoRAs when they are loaded, before they can change.
 
         Args:
             engine_client: vLLM's; further LoRAs enter the engine through its `add_lora`.
-            loaded: LoRA requests that did already. Their files were not read by then, so changes
-                made between their loading and this are not seen.
+            served: LoRA requests by name, as they come and go. The files of those that are there
+                were not read by then, so changes made since their loading are not seen.
         """
+        self._served = served
         stock = engine_client.add_lora
 
         async def add_lora(lora_request: Any) -> Any:
@@ -65,28 +70,48 @@ class Fingerprints:
             return added
 
         engine_client.add_lora = add_lora
-        for lora_request in loaded:
+        for lora_request in list(served.values()):
             self._note(lora_request, self._read_now(lora_request))
+
+    async def check(self, lora_request: Any) -> None:
+        """Refuse what was computed with a LoRA that may have changed meanwhile, maybe with both.
+
+        vLLM reads its files again when it is loaded in place, in every step after that, and when
+        it had to make room for others.
+
+        Raises:
+            ConflictError: it was loaded again or unloaded, or its files changed.
+        """
+        if lora_request is None:
+            return
+        assert self._served is not None
+        if self._served.get(lora_request.lora_name) is not lora_request:
+            raise lora_changed()
+        await asyncio.to_thread(self.of, lora_request)
 
     def _read_now(self, lora_request: Any) -> FingerprintParts | None:
         """None if the files cannot be read: whoever uses the LoRA is told so."""
-        with self._lock:
-            try:
-                path = get_adapter_absolute_path(lora_request.lora_path)
-                return self._parts(path, _stamp(path))
-            except (DeltaMemError, OSError):
-                return None
+        try:
+            path = get_adapter_absolute_path(lora_request.lora_path)
+            return self._parts(path, _stamp(path))
+        except (DeltaMemError, OSError):
+            return None
 
     def _note(self, lora_request: Any, parts: FingerprintParts | None) -> None:
-        if parts is not None:
-            with self._lock:
+        """Called on the event loop, so nobody may hold the lock while files are read."""
+        with self._lock:
+            if parts is None:
+                self._loaded.pop(lora_request.lora_name, None)
+            else:
                 self._loaded[lora_request.lora_name] = lora_request, parts
 
     def _parts(self, path: str, stamp: Stamp) -> FingerprintParts:
-        known, parts = self._read.get(path, (None, None))
+        with self._lock:
+            known, parts = self._read.get(path, (None, None))
         if parts is None or known != stamp:
             parts = self._base.with_lora(path)
-            self._read[path] = stamp, parts
+            with self._lock:
+                self._read[path] = stamp, parts
         return parts
 
     def of(self, lora_request: Any) -> FingerprintParts:
@@ -102,21 +127,37 @@ class Fingerprints:
         if lora_request is None:
             return self._base
         name, path = lora_request.lora_name, get_adapter_absolute_path(lora_request.lora_path)
+        # Before reading: files that change meanwhile are read once more.
+        stamp = _stamp(path)
         with self._lock:
-            # Before reading: files that change meanwhile are read once more.
-            stamp = _stamp(path)
-            loaded, was = self._loaded.get(name, (None, None))
-            if loaded is lora_request and was is not None and not stamp:
-                return was  # its files are gone, and it stays loaded
-            parts = self._parts(path, stamp)
-            # vLLM makes a new request object with each load.
-            if loaded is lora_request and was != parts:
+            loaded, was = self._loaded.get(name, _NOTHING)
+        if loaded is lora_request and was is not None and not stamp:
+            if loaded.load_inplace:
                 raise ConflictError(
-                    f"the files of LoRA {name!r} changed after it was loaded. Load it again, from "
-                    "a path of its own or with load_inplace. Nothing was written."
+                    f"the files of LoRA {name!r} are gone, and it was loaded in place, so that it "
+                    "is read again at any time. Nothing was written."
                 )
-            self._loaded[name] = lora_request, parts
+            return was  # it stays loaded
+        parts = self._parts(path, stamp)
+        # vLLM makes a new request object with each load.
+        if loaded is lora_request and was != parts:
+            raise ConflictError(
+                f"the files of LoRA {name!r} changed after it was loaded. Load it again, from a "
+                "path of its own or with load_inplace. Nothing was written."
+            )
+        with self._lock:
+            # What was noted when it was loaded counts more.
+            if self._served is None or name not in self._loaded:
+                self._loaded[name] = lora_request, parts
         return parts
+
+
+def lora_changed() -> ConflictError:
+    """The error for what ran with a LoRA that is not served any more."""
+    return ConflictError(
+        "the model's LoRA was loaded again, or unloaded, while the turn ran or waited. Nothing of "
+        "it was written; send the request again."
+    )
 
 
 def _stamp(folder: str) -> Stamp:

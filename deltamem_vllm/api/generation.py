@@ -304,7 +304,7 @@ class Generation:
         asked, engine_turn, plan = ending.asked, ending.engine_turn, ending.plan
         if engine_turn.broken_off or engine_turn.state is None:
             raise BrokenOffError("the engine broke the turn off. Nothing was written.")
-        self._service.door.check_lora(engine_turn.lora)
+        await self._service.fingerprints.check(engine_turn.lora)
         content = engine_turn.start.content(
             engine_turn.state,
             engine_turn.num_fed,

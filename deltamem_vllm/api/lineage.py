@@ -13,8 +13,8 @@ OnDivergence = Literal["reset", "fork"] | None
 
 UNFOLDED: Final = "unfolded_at"
 """Key of a session's metadata: `tokens_written` after its last turn or ingest without a window that
-added to something. Equal numbers of two versions mean that one has all that was so written to the
-other."""
+added to something. Equal numbers of a version and its ancestor mean that the ancestor has all that
+was so written to the other."""
 
 
 def unfolded(content: SessionContent) -> SessionContent:
@@ -33,9 +33,13 @@ class Lineage:
         while version in by_version:
             self._ancestors.append(by_version.pop(version))
             version = self._ancestors[-1].parent_version
-        self._others = tuple(by_version.values())
         root = self._ancestors[-1] if self._ancestors else None
-        inherited = root is not None and root.version == 1 and root.forked_from is not None
+        # A session's own first write is not marked, so one that begins so was imported.
+        inherited = (
+            root is not None
+            and root.version == 1
+            and (root.forked_from is not None or _unfolded_at(root) is not None)
+        )
         self._began_empty = version == 0 and not inherited
         """Whether the empty memory is known to lie before all that the session holds."""
 
@@ -49,9 +53,10 @@ class Lineage:
         if common == len(chain):
             return (0 if current is None else current.version), common
         if _goes_back(hashes, common, newest):
-            # The longest chain has the least to be written again; of equal ones, the nearest
-            # ancestor's holds what else was written since.
-            fitting = list(_fitting((*self._ancestors, *self._others), hashes))
+            # Of ancestors only: a version that was left, by a reset or a rollback, is not what the
+            # session is. The longest chain has the least to be written again; of equal ones, the
+            # nearest ancestor's holds what else was written since.
+            fitting = list(_fitting(self._ancestors, hashes))
             base = max(fitting, key=_length) if fitting else None
             drops = _unfolded_at(base) != _unfolded_at(current)
             if drops and on_divergence is None:

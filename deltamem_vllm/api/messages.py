@@ -129,8 +129,10 @@ def texts_of(message: Message) -> tuple[str, ...]:
 
 def said_by(message: Message) -> str:
     """All that a message says, with its calls, of one that has a hash."""
-    functions = [call["function"] for call in message.get("tool_calls") or ()]
-    functions += [function] if (function := message.get("function_call")) is not None else []
+    functions = []
+    if role_of(message) == "assistant":  # what others say of calls has no hash either
+        functions += [call["function"] for call in message.get("tool_calls") or ()]
+        functions += [function] if (function := message.get("function_call")) is not None else []
     texts = list(texts_of(message))
     for function in functions:
         arguments = function.get("arguments") or ""

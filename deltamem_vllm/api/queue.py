@@ -85,7 +85,7 @@ class TurnQueue:
         return line.place
 
     def leave(self, place: Place) -> None:
-        """Let the next turn in; does nothing for a turn that was put out."""
+        """Let the next turn in; does nothing for a turn that has left before."""
         line = place.line
         if line.place is not place:
             return
@@ -93,13 +93,10 @@ class TurnQueue:
         line.lock.release()
         self._drop_if_unused(place.key, line)
 
-    def put_out(self, lost: Callable[[SessionKey], bool]) -> None:
-        """Let the next turns in although a turn runs, of sessions for which `lost` is true: the
-        store lets it write no more."""
-        running = [line.place for line in self._lines.values() if line.place is not None]
-        for place in running:
-            if lost(place.key):
-                self.leave(place)
+    def running(self, which: Callable[[SessionKey], bool]) -> list[Place]:
+        """The turns that run now on sessions for which `which` is true."""
+        places = [line.place for line in self._lines.values() if line.place is not None]
+        return [place for place in places if which(place.key)]
 
     def _drop_if_unused(self, key: SessionKey, line: _Line) -> None:
         if not line.waiting and not line.lock.locked():

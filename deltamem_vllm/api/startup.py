@@ -82,8 +82,8 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
             probed_head(adapter.config),
         )
     models = state.openai_serving_models
-    await asyncio.to_thread(fingerprints.watch, engine_client, list(models.lora_requests.values()))
-    door = EngineDoor(engine_client, collector, max_model_len, models.lora_requests)
+    await asyncio.to_thread(fingerprints.watch, engine_client, models.lora_requests)
+    door = EngineDoor(engine_client, collector, max_model_len, fingerprints)
     renderer = ChatRenderer(state.online_renderer)
     return MemoryService(
         settings=settings,

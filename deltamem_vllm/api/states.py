@@ -90,6 +90,7 @@ class StateCollector:
             except Exception as error:
                 # An engine that died, and its states with it; the turns say so.
                 failed, self._wanted = self._wanted, {}
+                self._unwanted += [*unwanted, *failed]  # whatever the error was
                 for wanted in failed.values():
                     if not wanted.future.done():
                         wanted.future.set_exception(error)

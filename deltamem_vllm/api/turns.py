@@ -5,7 +5,7 @@ Stores block, so every call runs on a pool of threads; the event loop never wait
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, ParamSpec, TypeVar
@@ -136,16 +136,23 @@ class SessionTurns:
             return ()
 
     async def delete(self, key: SessionKey) -> bool:
-        """See `SessionStore.delete`. Turns that wait do not wait for one that lost its session."""
+        """See `SessionStore.delete`. Turns of this process do not wait for one that lost its
+        session."""
+        lost = self._queue.running(lambda other: other == key)
         deleted = await self.call(self.store.delete, key)
-        self._queue.put_out(lambda other: other == key)
+        self._let_go(lost)
         return deleted
 
     async def delete_tenant(self, tenant: str) -> int:
         """See `SessionStore.delete_tenant`, and `delete`."""
+        lost = self._queue.running(lambda key: key.tenant == tenant)
         deleted = await self.call(self.store.delete_tenant, tenant)
-        self._queue.put_out(lambda key: key.tenant == tenant)
+        self._let_go(lost)
         return deleted
+
+    def _let_go(self, places: Sequence[Place]) -> None:
+        for place in places:
+            self._queue.leave(place)
 
     async def open(self, key: SessionKey, memory: Memory, turn_name: str | None) -> WritingTurn:
         """Wait for the session and take its lease. `close` the turn whatever happens.

@@ -112,7 +112,12 @@ class MemoryLLM(LLM):
             )
         except ValidationError as error:
             raise _cause(error) from None
-        self._service = OfflineService(self, store, tenant, settings)
+        try:
+            self._service = OfflineService(self, store, tenant, settings)
+        except BaseException:
+            # Whoever keeps the error would keep the engine, and could not close it.
+            self.llm_engine.engine_core.shutdown()
+            raise
 
     def close(self) -> None:
         """Shut the engine down and let go of the store; the process's end does so, too."""

@@ -7,6 +7,7 @@ from vllm import RequestOutput
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.boundaries import pending_after
+from deltamem_vllm.api.conversation import check_pinned
 from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.lineage import unfolded
@@ -181,6 +182,8 @@ class Turns:
                     writes=turn.writes,
                 )
             turn.base = folded.base
+            if not turn.writes:
+                check_pinned(memory, 0 if folded.base is None else folded.base.version)
             turn.prompt = [dict(message) for message in folded.shown]
             turn.ingest, turn.reread = folded.ingest, folded.reread
             turn.spans = folded.spans

@@ -372,6 +372,10 @@ def test_what_a_message_says_is_its_text_and_its_calls() -> None:
     said = {"role": "assistant", "content": content, "tool_calls": calls}
     assert said_by(said).split() == ["a", "b", "look", '{"at":', "1}", '{"at":', "2}"]
     assert said_by({"role": "assistant", "content": None, "function_call": None}) == ""
+    for role in ("user", "tool"):  # of theirs, whatever it is, nothing has a hash
+        assert (
+            said_by({"role": role, "content": "a", "tool_calls": [{}], "function_call": "b"}) == "a"
+        )
 
 
 # What was written without a window.
@@ -415,3 +419,33 @@ def test_other_text_written_without_a_window_is_not_dropped() -> None:
     assert fold("u1 a1 u2", raw).base_version == 2
     with pytest.raises(ConflictError, match="without a window"):
         fold("u1", raw)
+
+
+def test_going_back_stays_among_the_versions_that_the_session_grew_out_of() -> None:
+    """Version 2 grew out of what version 3 replaced."""
+    replaced = [
+        beside(record(4, "u1 a1 u2 a2", 3), 30),
+        beside(record(3, "", 0), 20),
+        beside(record(2, "u1 a1", 1), 14),
+        beside(record(1, ""), 10),
+    ]
+    assert fold("u1 a1 u2", replaced).base_version == 3
+    assert fold("u1 a1 u2", replaced, None, "fork").base_version == 3
+    # Two branches that wrote as many tokens each without a window: 4 after a rollback to 1.
+    text, other = (beside(record(number, "", 1), 20, marked=True) for number in (2, 4))
+    turn, newest = (
+        replace(one, content=replace(one.content, metadata=text.content.metadata))
+        for one in (record(3, "u1 a1", 2), record(5, "u1 a1 u2 a2", 4))
+    )
+    branches = [newest, other, turn, text, beside(record(1, ""), 10)]
+    assert fold("u1 a1 u2", branches).base_version == 4
+
+
+def test_what_an_import_brought_is_not_dropped() -> None:
+    imported = [beside(record(1, "u1 a1"), 14, marked=True)]
+    assert fold("u1 a1 u2", imported).base_version == 1
+    with pytest.raises(ConflictError, match="without a window"):
+        fold("u1", imported)
+    with pytest.raises(ConflictError, match="reset"):
+        fold("u1", imported, None, "fork")
+    assert fold("u1", imported, None, "reset").base_version == 0

@@ -270,6 +270,8 @@ def test_a_reader_goes_back_to_the_version_that_fits(client: openai.OpenAI) -> N
         version, logprobs = read(again, "goes-back")
         assert version == number
         assert logprobs == pytest.approx(read(again, "goes-back", version=number)[1], abs=1e-4)
+        with pytest.raises(openai.ConflictError):
+            read(again, "goes-back", version=number + 1)
 
     other = [{"role": "user", "content": said(120, 9)}]
     version, logprobs = read(other, "goes-back", on_divergence="reset")

@@ -15,7 +15,7 @@ import httpx
 import openai
 import pytest
 
-from deltamem_vllm.sessions import SessionStore
+from deltamem_vllm.sessions import SessionKey, SessionStore, open_store
 from tests.api.losing_proxy import LosingProxy
 from tests.api.server import Server, free_port
 from tests.api.sessions_http import Ledger, ask, new_name, record_of, state_of
@@ -138,13 +138,14 @@ def wait_for_the_first(
 
 
 @contextmanager
-def held(store: SessionStore, like: str, name: str) -> Iterator[None]:
-    """Keeps a session from being written, so that a run cannot end."""
-    lease = store.acquire(record_of(store, like).key._replace(name=name), "a test", seconds=600)
+def held(store: SessionStore, like: SessionKey, names: Sequence[str]) -> Iterator[None]:
+    """Keeps sessions from being written, so that a run cannot end."""
+    leases = [store.acquire(like._replace(name=name), "a test", seconds=600) for name in names]
     try:
         yield
     finally:
-        store.release(lease)
+        for lease in leases:
+            store.release(lease)
 
 
 @pytest.mark.parametrize("flags", [[], ["--replace"]], ids=["plain", "replace"])
@@ -161,7 +162,7 @@ def test_an_interrupted_rebuild_goes_on_and_writes_nothing_twice(
     lines, path = many
     like = new_name("like")
     ask(client, random_tokens(1, 5), {"session": like})
-    with held(store, like, lines[-1]["session"]):
+    with held(store, record_of(store, like).key, [lines[-1]["session"]]):
         process = subprocess.Popen(
             [*command(path, server.url, "--concurrency", "3", *flags)],
             stdout=subprocess.PIPE,
@@ -366,16 +367,25 @@ def test_keys_and_tenants_are_sent(guarded: Server, tmp_path: Path) -> None:
 
 
 def test_a_server_that_goes_away_ends_the_run(
-    guarded: Server, many: tuple[list[Line], Path]
+    guarded: Server, many: tuple[list[Line], Path], tmp_path: Path
 ) -> None:
     """The last test of this server: it is killed."""
     lines, path = many
-    flags = ["--api-key", "secret", "--header", "X-Tenant: acme", "--concurrency", "3"]
-    process = subprocess.Popen(
-        command(path, guarded.url, *flags), stdout=subprocess.PIPE, text=True
-    )
-    wait_for_the_first(guarded, lines, TENANT)
-    guarded.kill(signal.SIGKILL)
-    output, _ = process.communicate(timeout=90)
+    flags = ["--api-key", "secret", "--header", "X-Tenant: acme"]
+    first = written(tmp_path / "first.jsonl", [transcript("first", 1)])
+    assert rebuild(first, guarded.url, *flags).returncode == 0
+    assert guarded.store is not None
+    with open_store(guarded.store) as store:
+        like = record_of(store, "first", tenant="acme").key
+        # Whoever sends the first three comes to these, and to no more.
+        with held(store, like, [line["session"] for line in lines[3:6]]):
+            process = subprocess.Popen(
+                [*command(path, guarded.url, *flags), "--concurrency", "3"],
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            wait_for_the_first(guarded, lines, TENANT)
+            guarded.kill(signal.SIGKILL)
+            output, _ = process.communicate(timeout=90)
     assert process.returncode == 1, output
     assert "not tried" in output

@@ -114,13 +114,6 @@ def test_unknown_option_of_an_adapter_is_refused(base: Path, adapter: Path) -> N
     assert_says(refusal.value, "couple_lamda", "did you mean couple_lambda?")
 
 
-def test_adapter_that_writes_whole_messages_is_refused(base: Path, adapter: Path) -> None:
-    change_json(adapter / "delta_mem_config.json", memory_write_granularity="message_mean")
-    with pytest.raises(EngineConfigError) as refusal:
-        start(base, adapter)
-    assert_says(refusal.value, "memory_write_granularity='message_mean'", "only 'token'")
-
-
 def test_missing_adapter_folder_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as refusal:
         start(base, tmp_path / "nothing here")

@@ -146,6 +146,9 @@ def test_a_reader_goes_back_to_the_version_that_fits(llm: MemoryLLM) -> None:
         pinned = Memory(session="a", mode="read_only", window=window, version=number)
         (same,) = chat(llm, history[: 2 * number + 1], pinned)
         assert same.outputs[0].token_ids == again.outputs[0].token_ids
+        with pytest.raises(ConflictError):
+            later = Memory(session="a", mode="read_only", window=window, version=number + 1)
+            chat(llm, history[: 2 * number + 1], later)
     longer = [*history, said(150, 5)]
     outputs = chat(
         llm,

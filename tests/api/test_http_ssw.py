@@ -1,0 +1,143 @@
+"""An adapter that writes by messages, served over HTTP."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from deltamem_vllm.sessions import SessionStore, open_store
+from tests.api.server import CASE, Server, linked_checkpoint
+from tests.api.sessions_http import ask, record_of, state_of
+from tests.engine.test_ssw import lengths, prompt_of, said
+from tests.helpers import assert_states_close, change_json, random_tokens
+from tests.oracle import Oracle, Prompt
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = Path(shutil.copytree(CASE / "adapter", tmp_path_factory.mktemp("ssw") / "adapter"))
+    change_json(made / "delta_mem_config.json", memory_write_granularity="message_mean")
+    return made
+
+
+@pytest.fixture(scope="module")
+def ssw_server(adapter: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("ssw-server")
+    checkpoint = linked_checkpoint(folder, adapter)
+    with Server(checkpoint, folder, store=f"sqlite:///{folder}/sessions.db") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ssw_store(ssw_server: Server) -> Iterator[SessionStore]:
+    assert ssw_server.store is not None
+    with open_store(ssw_server.store) as store:
+        yield store
+
+
+@pytest.fixture(scope="module")
+def ssw_client(ssw_server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{ssw_server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def ssw_oracle(adapter: Path) -> Oracle:
+    return Oracle(CASE / "model", adapter)
+
+
+@pytest.mark.parametrize("window", [None, {"messages": 1}], ids=["plain", "folded"])
+def test_a_chat_is_written_by_messages(
+    ssw_client: openai.OpenAI, ssw_store: SessionStore, ssw_oracle: Oracle, window: Any
+) -> None:
+    session = f"chat-{window is not None}"
+    memory = {"session": session} | ({} if window is None else {"window": window})
+    state, pending, history = None, (), [said(400, 4, "system")]
+    for number in range(3):
+        history.append(said(401 + number, 7 + number))
+        new = history if number == 0 else history[-1:]
+        sent = new if window is None else history
+        reply = ask(ssw_client, sent, memory)
+        silent = 1 if number == 0 or window is not None else 0
+        # The window is the newest message; the system's is shown every time.
+        shown = [history[0], history[-1]] if window is not None else new
+        fed = [*pending, *reply.prompt_ids, *reply.token_ids[:-1]]
+        assert len(reply.prompt_ids) == sum(lengths(shown)) + 1
+        prompt = prompt_of(len(pending), shown, silent)
+        answer = ssw_oracle(fed, state=state, prompt=prompt)
+        record = record_of(ssw_store, session)
+        assert_states_close(state_of(record), answer.state)
+        state, pending = answer.state, record.content.pending_token_ids
+        history.append({"role": "assistant", "content": reply.text})
+
+
+def test_a_stop_string_ends_in_the_state_of_the_kept_tokens(
+    ssw_client: openai.OpenAI, ssw_store: SessionStore, ssw_oracle: Oracle
+) -> None:
+    """They are fed again, as a prompt whose spans end where the first one did."""
+    messages = [said(410, 20)]
+    plain = ask(ssw_client, messages, None, max_tokens=12, extra={"ignore_eos": True})
+    stop = plain.text.split()[5]
+    reply = ask(
+        ssw_client,
+        messages,
+        {"session": "stopped"},
+        max_tokens=12,
+        stop=[stop],
+        extra={"ignore_eos": True},
+    )
+    fed = [*reply.prompt_ids, *reply.token_ids[:-1]]
+    answer = ssw_oracle(fed, prompt=prompt_of(0, messages, 0))
+    assert_states_close(state_of(record_of(ssw_store, "stopped")), answer.state)
+
+
+def test_spans_of_a_completion(
+    ssw_client: openai.OpenAI, ssw_store: SessionStore, ssw_oracle: Oracle, ssw_server: Server
+) -> None:
+    tokens, spans = random_tokens(420, 60), [[2, 20], [20, 41]]
+    reply = ask(ssw_client, tokens, {"session": "spans", "spans": spans})
+    answer = ssw_oracle([*tokens, *reply.token_ids[:-1]], prompt=Prompt(0, 60, spans))
+    assert_states_close(state_of(record_of(ssw_store, "spans")), answer.state)
+
+    for bad in ([[0, 61]], [[3, 3]], [[4, 6], [5, 7]], [[-1, 2]], [[1]], "all"):
+        body = {"model": "words", "prompt": tokens, "memory": {"session": "bad", "spans": bad}}
+        answer = httpx.post(f"{ssw_server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert "spans" in answer.json()["error"]["message"]
+    with pytest.raises(openai.BadRequestError, match="template"):
+        ask(ssw_client, [said(430, 3)], {"session": "bad", "spans": [[0, 1]]})
+
+
+def test_an_ingest_of_messages_is_written_by_messages(
+    ssw_server: Server, ssw_store: SessionStore, ssw_oracle: Oracle
+) -> None:
+    messages = [said(440 + number, 9) for number in range(5)]
+    answer = httpx.post(
+        f"{ssw_server.url}/v1/memory/sessions/told/ingest",
+        json={"messages": messages, "segment_tokens": 25},
+        timeout=60,
+    )
+    assert answer.status_code == 200, answer.text
+    state = None
+    for first in range(0, 5, 2):
+        pair = messages[first : first + 2]
+        shown = prompt_of(0, pair, 0)
+        tokens = ssw_server_tokens(pair)
+        prompt = Prompt(0, len(tokens), shown.spans)
+        state = ssw_oracle(tokens, state=state, prompt=prompt).state
+    assert_states_close(state_of(record_of(ssw_store, "told")), state)
+
+
+def ssw_server_tokens(messages: list[dict[str, Any]]) -> list[int]:
+    """Messages in the word tokenizer's template."""
+    from tests.engine.test_ssw import WORDS
+
+    return [
+        WORDS[each]
+        for message in messages
+        for each in (message["role"], *message["content"].split())
+    ]
