@@ -26,10 +26,10 @@ ENGINE_FLAGS: Final = (
 )
 
 
-def linked_checkpoint(folder: Path) -> Path:
+def linked_checkpoint(folder: Path, adapter: Path = CASE / "adapter") -> Path:
     """A linked checkpoint whose tokens are words."""
     base = with_word_tokenizer(CASE / "model", folder / "base")
-    return link_checkpoint(base, CASE / "adapter", folder / "linked", architectures=ARCHITECTURES)
+    return link_checkpoint(base, adapter, folder / "linked", architectures=ARCHITECTURES)
 
 
 def free_port() -> int:

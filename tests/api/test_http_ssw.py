@@ -12,6 +12,7 @@ import pytest
 from deltamem_vllm.sessions import SessionStore, open_store
 from tests.api.server import CASE, Server, linked_checkpoint
 from tests.api.sessions_http import ask, record_of, state_of
+from tests.api.test_http_folding import tokens_of
 from tests.engine.test_ssw import lengths, prompt_of, said
 from tests.helpers import assert_states_close, change_json, random_tokens
 from tests.oracle import Oracle, Prompt
@@ -126,18 +127,7 @@ def test_an_ingest_of_messages_is_written_by_messages(
     for first in range(0, 5, 2):
         pair = messages[first : first + 2]
         shown = prompt_of(0, pair, 0)
-        tokens = ssw_server_tokens(pair)
+        tokens = tokens_of(pair)
         prompt = Prompt(0, len(tokens), shown.spans)
         state = ssw_oracle(tokens, state=state, prompt=prompt).state
     assert_states_close(state_of(record_of(ssw_store, "told")), state)
-
-
-def ssw_server_tokens(messages: list[dict[str, Any]]) -> list[int]:
-    """Messages in the word tokenizer's template."""
-    from tests.engine.test_ssw import WORDS
-
-    return [
-        WORDS[each]
-        for message in messages
-        for each in (message["role"], *message["content"].split())
-    ]
