@@ -10,6 +10,7 @@ ARCHITECTURES: Final[dict[str, str]] = {
     "MistralForCausalLM": "DeltaMemMistralForCausalLM",
     "Qwen2ForCausalLM": "DeltaMemQwen2ForCausalLM",
     "Qwen3ForCausalLM": "DeltaMemQwen3ForCausalLM",
+    "SmolLM3ForCausalLM": "DeltaMemSmolLM3ForCausalLM",
 }
 """Architecture in a stock checkpoint's config.json -> architecture served with memory."""
 
@@ -18,5 +19,6 @@ MODEL_CLASSES: Final[dict[str, str]] = {
     "DeltaMemMistralForCausalLM": "deltamem_vllm.models.mistral:DeltaMemMistralForCausalLM",
     "DeltaMemQwen2ForCausalLM": "deltamem_vllm.models.qwen2:DeltaMemQwen2ForCausalLM",
     "DeltaMemQwen3ForCausalLM": "deltamem_vllm.models.qwen3:DeltaMemQwen3ForCausalLM",
+    "DeltaMemSmolLM3ForCausalLM": "deltamem_vllm.models.smollm3:DeltaMemSmolLM3ForCausalLM",
 }
 """Architecture served with memory -> "module:Class", as vLLM's ModelRegistry takes it."""

@@ -11,6 +11,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SmolLM3Config,
+    SmolLM3ForCausalLM,
 )
 from vllm import SamplingParams, TokensPrompt
 
@@ -39,6 +41,10 @@ BACKBONES = {
     "mistral": lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)),
     "mistral, sliding window": lambda: MistralForCausalLM(
         MistralConfig(**SIZES, sliding_window=48)
+    ),
+    # The second layer knows no positions.
+    "smollm3": lambda: SmolLM3ForCausalLM(
+        SmolLM3Config(**SIZES, no_rope_layer_interval=2, pad_token_id=0)
     ),
 }
 
