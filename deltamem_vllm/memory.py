@@ -1,15 +1,22 @@
 """`Memory`: what a request says about its memory."""
 
 from itertools import pairwise
-from typing import Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
 
 MAX_TURN_NAME: Final = 200
 """Characters; also of the header `Idempotency-Key`."""
+
+
+def _as_tuples(spans: Any) -> Any:
+    """JSON has lists only."""
+    if not isinstance(spans, list | tuple):
+        return spans
+    return tuple(tuple(span) if isinstance(span, list) else span for span in spans)
 
 
 class Window(BaseModel):
@@ -55,7 +62,7 @@ class Memory(BaseModel):
     """Names this turn: a repeat of the request under the same name gets the same reply, and writes
     nothing."""
 
-    spans: tuple[tuple[StrictInt, StrictInt], ...] | None = Field(default=None, strict=False)
+    spans: Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_as_tuples)] = None
     """Half-open ranges of the prompt's tokens, in order, each of which is written once, with the
     mean of its tokens; other tokens are not written. For prompts, with an adapter that writes by
     messages or sentences; spans of a chat are found by its template."""
