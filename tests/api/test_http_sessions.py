@@ -9,6 +9,7 @@ import httpx
 import openai
 import pytest
 
+from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.sessions import SessionStore
 from deltamem_vllm.state.fingerprint import FingerprintParts
 from deltamem_vllm.state.snapshot_file import dump_snapshot, load_snapshot
@@ -147,7 +148,7 @@ def test_exported_session_is_imported_whole_or_not_at_all(
     copy = f"{name}-copy"
     answer = sessions(server, "POST", f"/{copy}/import", content=data)
     assert answer.status_code == 200, answer.text
-    assert store.get(record.key._replace(name=copy)).content == record.content
+    assert store.get(record.key._replace(name=copy)).content == unfolded(record.content)
 
     foreign = dump_snapshot(file, dataclasses.replace(parts, adapter="0" * 64), SHAPE)
     flipped = bytes([*data[:-1], data[-1] ^ 1])

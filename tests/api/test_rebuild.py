@@ -319,7 +319,7 @@ def test_an_answer_that_is_broken_off_again_and_again_fails_alone(
     broken, good = new_name("broken"), new_name("good")
     lines = [transcript(broken, 1), transcript(good, 2)]
     path = written(tmp_path / "t.jsonl", lines)
-    with LosingProxy(server.url, loses=f"/{broken}/ingest".encode()) as proxy:
+    with LosingProxy(server.url, loses=f"/{broken}".encode()) as proxy:
         done = rebuild(path, proxy.url, "--concurrency", "1")
     assert proxy.lost > 1
     assert done.returncode == 1, done.stderr
