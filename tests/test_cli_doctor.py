@@ -20,7 +20,6 @@ from deltamem_vllm.serve import default_store_url
 from deltamem_vllm.sessions import SessionContent, SessionKey, open_store
 
 MODEL, ADAPTER = str(model_dir()), str(adapter_dir("tsw"))
-SSW = {"strategy": "ssw", "memory_write_granularity": "message_mean"}
 
 
 @pytest.fixture(autouse=True)
