@@ -34,6 +34,9 @@ logger = init_logger(f"vllm.{__name__}")
 FINGERPRINT_KEY = "deltamem_adapter"
 """Key of `VllmConfig.additional_config` under which the adapter's fingerprint is known."""
 
+DRAFTERS = ("ngram", "draft_model")
+"""Methods of speculative decoding that memory was checked with."""
+
 FORMATS_WITHOUT_ADAPTER = (
     "ipc_cache",
     "modelexpress",
@@ -137,9 +140,15 @@ def page_layout(adapter: Adapter, vllm_config: VllmConfig, block_size: int) -> P
     steps_in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
     return PageLayout(
         state_shape=adapter.config.state_shape,
-        ring=ring_length(steps_in_flight, draft_tokens=0),
+        ring=ring_length(steps_in_flight, draft_tokens(vllm_config)),
         spans=spans,
     )
+
+
+def draft_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens that one step may feed and take back."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens)
 
 
 class MemoryConfigHook(VerifyAndUpdateConfig):
@@ -209,6 +218,8 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
     load_format = str(vllm_config.load_config.load_format)
     model, connector = vllm_config.model_config, kv_connector_of(vllm_config)
+    speculative = vllm_config.speculative_config
+    drafter = None if speculative is None else str(speculative.method)
     refusals = {
         "--prefix-match-unit other than the block size (prefix-cache hits must be whole blocks)": (
             cache.prefix_match_unit not in (None, cache.block_size)
@@ -227,7 +238,9 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
         f"--load-format {load_format} (it does not load the adapter)": (
             load_format in FORMATS_WITHOUT_ADAPTER
         ),
-        "speculative decoding (--speculative-config)": vllm_config.speculative_config is not None,
+        f"speculative decoding by {drafter!r} (only {' and '.join(DRAFTERS)} were checked)": (
+            drafter is not None and drafter not in DRAFTERS
+        ),
         f"the KV connector {connector!r} (memory needs {CONNECTOR_NAME}, alone)": (
             connector not in (None, CONNECTOR_NAME)
         ),

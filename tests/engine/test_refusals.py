@@ -178,7 +178,7 @@ def test_malformed_deltamem_key_is_refused(base: Path, settings: object, words: 
 # Engine settings
 
 OTHER_CONNECTOR = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
+DRAFTS = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max": 2}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ DRAFTS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"ubatch_size": 2}, "--ubatch-size"),
         ({"load_format": "sharded_state"}, "--load-format sharded_state"),
-        ({"speculative_config": DRAFTS}, "--speculative-config"),
+        ({"speculative_config": DRAFTS}, "'ngram_gpu'"),
         ({"kv_transfer_config": OTHER_CONNECTOR}, "'ExampleConnector'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
