@@ -25,6 +25,11 @@ from deltamem_vllm.sessions import SessionKey, SessionRecord
 
 logger = logging.getLogger(__name__)
 
+NO_CONTINUATION: Final = (
+    "continue_final_message with read_write memory and an adapter that writes by messages or "
+    "sentences: the reply would be part of one. Leave it out."
+)
+
 TEMPLATES_KNOWN: Final = 64
 """Templates, with their arguments, of which the end of a turn is remembered."""
 
@@ -122,6 +127,8 @@ class Conversations:
             )
         if memory.window is not None:
             return await self._fold(request, body, memory, key, versions, writes=True)
+        if request.continue_final_message and self._granularity != "token":
+            raise MemoryRequestError(NO_CONTINUATION)
         written = () if current is None else current.content.message_chain
         whole, partial = list(body["messages"]), None
         if request.continue_final_message and whole:

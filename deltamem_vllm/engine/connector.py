@@ -100,10 +100,9 @@ class _Marks:
         return cls(words.view(np.int32), size, args.span_end)
 
     def step(self, before: int, count: int, blocks: list[int]) -> list[PageMarks]:
-        """For the pages that `count` tokens after the first `before` lie in."""
+        """For the pages that `count` tokens after the first `before`, which has less than the
+        prompt, lie in."""
         last = min(before + count, self.num_tokens)
-        if before >= last:
-            return []
         touched = range(before // self.block_size, (last - 1) // self.block_size + 1)
         return [PageMarks(blocks[index], self.words[index]) for index in touched]
 
@@ -222,6 +221,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             marks=[
                 mark
                 for request_id in self._marks.keys() & computed
+                if computed[request_id] < self._marks[request_id].num_tokens
                 for mark in self._marks[request_id].step(
                     computed[request_id],
                     scheduler_output.num_scheduled_tokens[request_id],

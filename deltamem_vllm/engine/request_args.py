@@ -66,7 +66,7 @@ def ending_spans(args: MemoryArgs, num_prompt_tokens: int) -> MemoryArgs:
     """
     assert args.spans is not None
     end = num_prompt_tokens if args.span_end is None else args.span_end
-    edges = [args.write_until, *(edge for span in args.spans for edge in span), end]
+    edges = [0, args.write_until, *(edge for span in args.spans for edge in span), end]
     is_ordered = all(first <= second for first, second in pairwise(edges))
     if not is_ordered or any(start == stop for start, stop in args.spans):
         raise MemoryRequestError("spans overlap, are empty, or reach beyond the prompt.")

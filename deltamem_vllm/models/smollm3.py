@@ -26,7 +26,7 @@ class DeltaMemSmolLM3ForCausalLM(MemoryModel, LlamaForCausalLM):
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         layers: Any = self.get_submodule("model.layers")
         rotates = vllm_config.model_config.hf_text_config.no_rope_layers
-        for layer, is_rotated in zip(layers, rotates, strict=True):
+        for index, layer in enumerate(layers):
             # A layer of another pipeline rank has no attention.
-            if not is_rotated and hasattr(layer, "self_attn"):
+            if not rotates[index] and hasattr(layer, "self_attn"):
                 layer.self_attn.rotary_emb = NoRotation()

@@ -7,7 +7,7 @@ from vllm import RequestOutput
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.boundaries import pending_after
-from deltamem_vllm.api.conversation import check_pinned
+from deltamem_vllm.api.conversation import NO_CONTINUATION, check_pinned
 from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.lineage import unfolded
@@ -191,6 +191,8 @@ class Turns:
         elif turn.writes and self._is_chat:
             written = () if turn.base is None else turn.base.content.message_chain
             whole = list(turn.prompt)
+            if self._arguments.get(CONTINUES) and self._service.finder is not None:
+                raise MemoryRequestError(NO_CONTINUATION)
             if self._arguments.get(CONTINUES) and whole:
                 turn.partial = whole.pop()
                 hash_message(turn.partial, self._service.chain_key)  # refuses what cannot be kept

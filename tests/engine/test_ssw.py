@@ -10,6 +10,7 @@ import pytest
 from vllm import TokensPrompt
 
 from deltamem_vllm import Memory, MemoryLLM
+from deltamem_vllm.engine.request_args import MemoryArgs, ending_spans
 from deltamem_vllm.engine.turn import begin
 from deltamem_vllm.errors import MemoryRequestError
 from tests.helpers import (
@@ -160,6 +161,18 @@ def test_bad_spans_are_refused(ssw: MemoryLLM) -> None:
             ssw.generate(prompt, greedy(2), memory=memory, use_tqdm=False)
     with pytest.raises(MemoryRequestError, match="template"):
         chat(ssw, [said(351, 3)], Memory(session="bad", spans=[(0, 2)]))
+    with pytest.raises(MemoryRequestError, match="continue_final_message"):
+        ssw.chat(
+            [said(352, 3), said(353, 2, "assistant")],
+            greedy(2),
+            Memory(session="bad"),
+            add_generation_prompt=False,
+            continue_final_message=True,
+            use_tqdm=False,
+        )
+    args = MemoryArgs(write_until=-9, spans=((-9, -8),))
+    with pytest.raises(MemoryRequestError, match="spans"):
+        ending_spans(args, 10)
     token_wise = replace(ssw._service.shape, granularity="token")
     with pytest.raises(MemoryRequestError, match="every token by itself"):
         begin("read_write", None, token_wise, spans=[(0, 2)])
