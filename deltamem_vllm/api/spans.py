@@ -160,7 +160,8 @@ def _place_of(tokens: Sequence[int], among: Sequence[int]) -> int | None:
     """Where `tokens` first stand in a row."""
     if not tokens:
         return None
+    tokens, among = list(tokens), list(among)
     for at in range(len(among) - len(tokens) + 1):
-        if list(among[at : at + len(tokens)]) == list(tokens):
+        if among[at] == tokens[0] and among[at : at + len(tokens)] == tokens:
             return at
     return None
