@@ -3,7 +3,7 @@
 from itertools import pairwise
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.state.page import MemoryMode
@@ -17,6 +17,20 @@ def _as_tuples(spans: Any) -> Any:
     if not isinstance(spans, list | tuple):
         return spans
     return tuple(tuple(span) if isinstance(span, list) else span for span in spans)
+
+
+def _in_order(spans: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
+    edges = [0, *(edge for span in spans or () for edge in span)]
+    are_ordered = all(first <= second for first, second in pairwise(edges))
+    if not are_ordered or any(start == end for start, end in spans or ()):
+        raise ValueError("spans are [start, end) ranges that are in order, not empty, and apart")
+    return spans
+
+
+SpanRanges = Annotated[
+    tuple[tuple[int, int], ...] | None, BeforeValidator(_as_tuples), AfterValidator(_in_order)
+]
+"""Half-open ranges of tokens, in order."""
 
 
 class Window(BaseModel):
@@ -44,7 +58,8 @@ class Memory(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     session: str | None = Field(default=None, min_length=1, max_length=256)
-    """Name of the session whose state is read; required unless `mode` is "off"."""
+    """Name of the session whose state is read. Without one, the memory is empty at the request's
+    start and dropped at its end; then only `spans` and mode "off" can be asked for."""
 
     mode: MemoryMode = "read_write"
     """read_write leaves the request's final state in the session; read_only leaves the session as
@@ -62,7 +77,7 @@ class Memory(BaseModel):
     """Names this turn: a repeat of the request under the same name gets the same reply, and writes
     nothing."""
 
-    spans: Annotated[tuple[tuple[int, int], ...] | None, BeforeValidator(_as_tuples)] = None
+    spans: SpanRanges = None
     """Half-open ranges of the prompt's tokens, in order, each of which is written once, with the
     mean of its tokens; other tokens are not written. For prompts, with an adapter that writes by
     messages or sentences; spans of a chat are found by its template."""
@@ -95,15 +110,20 @@ class Memory(BaseModel):
     @property
     def writes(self) -> bool:
         """Whether the request leaves a new version of its session."""
-        return self.mode == "read_write"
+        return self.mode == "read_write" and self.session is not None
 
     def _contradiction(self) -> str | None:
         if self.mode == "off" and self.model_fields_set - {"mode"}:
             return 'mode "off" runs without memory, so it cannot name a session or say more'
         if self.mode != "off" and self.session is None:
-            return (
-                f"mode {self.mode!r} needs a session. Leave `memory` out for an ephemeral memory."
-            )
+            if self.mode != "read_write" or self.spans is None:
+                return (
+                    f"mode {self.mode!r} needs a session. Leave `memory` out for an ephemeral "
+                    "memory."
+                )
+            given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+            if further := sorted(given - {"mode", "spans"}):
+                return f"{', '.join(further)} belong to a session, and none is named."
         if self.mode == "read_only":
             for name in ("turn", "ttl", "spans"):
                 if getattr(self, name) is not None:
@@ -112,13 +132,8 @@ class Memory(BaseModel):
             self.window.tokens is None
         ):
             return 'window is {"messages": n} or {"tokens": n}.'
-        if self.spans is not None:
-            if self.window is not None:
-                return "spans belong to prompts; a window's messages are found by the template"
-            edges = [0, *(edge for span in self.spans for edge in span)]
-            ordered = all(first <= second for first, second in pairwise(edges))
-            if not ordered or any(start == end for start, end in self.spans):
-                return "spans are [start, end) ranges that are in order, not empty, and apart"
+        if self.spans is not None and self.window is not None:
+            return "spans belong to prompts; a window's messages are found by the template"
         if self.on_divergence is not None and self.window is None:
             return "on_divergence says what to do with a full history, which needs a window."
         return None

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,6 +89,13 @@ def change_json(path: Path, **changes: Any) -> None:
     content = {**json.loads(path.read_text()), **changes}
     kept = {name: value for name, value in content.items() if value is not None}
     path.write_text(json.dumps(kept))
+
+
+def written_by(granularity: str, adapter: Path, folder: Path) -> Path:
+    """A copy of an adapter, in `folder`, that writes by messages or sentences."""
+    made = Path(shutil.copytree(adapter, folder / "adapter"))
+    change_json(made / "delta_mem_config.json", memory_write_granularity=granularity)
+    return made
 
 
 def word(token: int) -> str:

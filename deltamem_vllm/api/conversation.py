@@ -6,10 +6,11 @@ Completions and chats without a window take the prompt as it is. With a window t
 """
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+from vllm.logger import init_logger
 
 from deltamem_vllm.api.boundaries import Render, pending_after, turn_terminator
 from deltamem_vllm.api.folding import fold, ingested
@@ -23,11 +24,16 @@ from deltamem_vllm.errors import ConflictError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.sessions import SessionKey, SessionRecord
 
-logger = logging.getLogger(__name__)
+logger = init_logger(f"vllm.{__name__}")
 
 NO_CONTINUATION: Final = (
     "continue_final_message with read_write memory and an adapter that writes by messages or "
     "sentences: the reply would be part of one. Leave it out."
+)
+
+NO_PLAIN_SPANS: Final = (
+    "delta-mem: a chat without a session is written token by token, although the adapter writes "
+    "by messages or sentences, because theirs cannot be told: %s"
 )
 
 TEMPLATES_KNOWN: Final = 64
@@ -120,11 +126,6 @@ class Conversations:
         current = versions[0] if versions else None
         if not isinstance(request, MemoryChatRequest):
             return Plan(request, current, spans=memory.spans)
-        if memory.spans is not None:
-            raise MemoryRequestError(
-                "memory.spans belong to prompts; those of a chat are found by its template. Leave "
-                "them out."
-            )
         if memory.window is not None:
             return await self._fold(request, body, memory, key, versions, writes=True)
         if request.continue_final_message and self._granularity != "token":
@@ -153,6 +154,26 @@ class Conversations:
         plan = await self._fold(request, body, memory, key, versions, writes=False)
         check_pinned(memory, plan.base_version)
         return plan
+
+    async def plain_spans(self, request: GenerationRequest, body: dict[str, Any]) -> Spans | None:
+        """The spans of a request without a word about memory, which is never refused for them.
+
+        None: its prompt is written token by token.
+        """
+        if self._granularity == "token" or not isinstance(request, MemoryChatRequest):
+            return None
+        if (
+            request.continue_final_message
+            or request.use_beam_search
+            or request.truncate_prompt_tokens is not None
+        ):
+            return None
+        try:
+            return await self._spans(request, body["messages"])
+        # A template refuses conversations that it was not made for each in its own way.
+        except Exception as error:
+            logger.warning_once(NO_PLAIN_SPANS, error)
+            return None
 
     async def ingested(
         self, request: MemoryChatRequest, messages: Sequence[Message], tenant: str
@@ -255,9 +276,12 @@ class Conversations:
 
     def _render(self, request: MemoryChatRequest) -> Render:
         """A function that renders messages, to be called from threads."""
-        loop = asyncio.get_running_loop()
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
 
         def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+            # A thread is not cancelled with the request that waits for it.
+            if task is not None and (task.done() or task.cancelling()):
+                raise asyncio.CancelledError
             rendering = self._renderer.tokens(
                 request, messages, add_generation_prompt=add_generation_prompt
             )

@@ -107,6 +107,13 @@ class EngineDoor:
         if turn.lora is not kwargs.get("lora_request"):
             raise lora_changed()
         if start.args.ticket is None:
+            if start.args.spans is not None:
+                if turn.is_bound:
+                    raise MemoryRequestError(
+                        "memory.spans are ranges of one prompt. Send one request for each."
+                    )
+                turn.is_bound = True
+                prompt = start.prompt(prompt)
             params = start.params(sampling_params)
             turn.num_running += 1
             outputs = self._generate(prompt, params, request_id, **kwargs)

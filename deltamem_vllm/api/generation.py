@@ -27,7 +27,12 @@ from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream, UsageStream
 from deltamem_vllm.api.turns import KeptReply, WritingTurn
 from deltamem_vllm.api.usage import Usage
-from deltamem_vllm.engine.compat import ErrorResponse, metrics_header, with_sse_keep_alive
+from deltamem_vllm.engine.compat import (
+    ErrorResponse,
+    lora_behind,
+    metrics_header,
+    with_sse_keep_alive,
+)
 from deltamem_vllm.engine.turn import begin
 from deltamem_vllm.errors import (
     BrokenOffError,
@@ -128,17 +133,41 @@ class Generation:
         try:
             with usage.until_answered():
                 _refuse(request)
-                if memory.mode == "off":
+                if memory.session is None:
                     scope = await self._service.scope(raw, request.model)
-                    start = begin("off", None, self._service.shape, scope=scope.cache)
-                    report = MemoryReport(session=None, mode="off", version=0, tokens_written=0)
+                    start = begin(
+                        memory.mode,
+                        None,
+                        self._service.shape,
+                        spans=memory.spans,
+                        scope=scope.cache,
+                        is_kept=False,
+                    )
+                    report = MemoryReport(
+                        session=None, mode=memory.mode, version=0, tokens_written=0
+                    )
                     turn = EngineTurn(start, scope.lora)
                     return await self._generate_only(request, raw, run, turn, report, usage)
-                assert memory.session is not None
                 scope = await self._service.scope(raw, request.model)
                 key = usage.key = scope.key(memory.session)
                 asked = _Asked(request, raw, await raw.json(), memory, scope, key, run, usage)
                 return await (self._write(asked) if memory.writes else self._read(asked))
+        except DeltaMemError as error:
+            return problem_response(error)
+
+    async def answer_plain(self, request: GenerationRequest, raw: Request, run: Run) -> Response:
+        """vLLM's answer to a request without a word about memory: it has an ephemeral one.
+
+        An adapter that writes by messages or sentences writes a chat's so.
+        """
+        spans = await self._conversations.plain_spans(request, await raw.json())
+        if spans is None:
+            return await stock_answer(request, raw, run)
+        lora = await lora_behind(self._service.models, request.model)
+        start = begin("read_write", None, self._service.shape, spans=spans, is_kept=False)
+        try:
+            with self._service.door.carrying(EngineTurn(start, lora)):
+                return await stock_answer(request, raw, run)
         except DeltaMemError as error:
             return problem_response(error)
 
@@ -389,7 +418,7 @@ async def _with_report(
 
 
 async def stock_answer(request: GenerationRequest, raw: Request, run: Run) -> Response:
-    """vLLM's answer to a request without a word about memory: it has an ephemeral one."""
+    """vLLM's own answer."""
     reply = await run(request)
     if isinstance(reply, ErrorResponse):
         return _error_response(reply)
@@ -410,6 +439,14 @@ def _refuse(request: GenerationRequest) -> None:
         raise MemoryRequestError("kv_transfer_params cannot be combined with memory. Leave it out.")
     if request.use_beam_search and request.stream:
         raise MemoryRequestError("memory cannot be combined with beam search in a stream.")
+    if memory.spans is not None:
+        if isinstance(request, MemoryChatRequest):
+            raise MemoryRequestError(
+                "memory.spans belong to prompts; those of a chat are found by its template. Leave "
+                "them out."
+            )
+        if request.use_beam_search:
+            raise MemoryRequestError("memory.spans cannot be combined with beam search.")
     if memory.writes:
         if getattr(request, "chat_template", None) is not None:
             raise MemoryRequestError(

@@ -25,8 +25,29 @@ SEGMENT_TOKENS: Final = "segment_tokens"
 def asked_hash(body: IngestRequest) -> bytes:
     """Of what is to be written, and how; for ingests with a name."""
     asked = body.model_dump(include={*SOURCES, "segment_tokens"})
-    asked |= body.model_dump(include={"tools", "replace"}, exclude_defaults=True)
+    asked |= body.model_dump(include={"tools", "replace", "spans"}, exclude_defaults=True)
     return hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=16).digest()
+
+
+def given_tokens(body: IngestRequest, vocabulary: int, shape: StateShape) -> Text:
+    """The `token_ids` of an ingest, with their spans.
+
+    Args:
+        body: has token ids.
+        vocabulary: how many there are.
+        shape: the adapter's states.
+
+    Raises:
+        MemoryRequestError: there are no such tokens, or no such spans.
+    """
+    tokens, spans = body.token_ids or [], body.spans
+    if not all(0 <= token < vocabulary for token in tokens):
+        raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
+    if spans is not None:
+        shape.check_spans()
+        if spans and spans[-1][1] > len(tokens):
+            raise MemoryRequestError(f"spans reach to token {spans[-1][1]} of {len(tokens)}.")
+    return Text(tokens, spans)
 
 
 def reply_name(job_id: str) -> str:

@@ -17,6 +17,7 @@ from deltamem_vllm.api.ingest import (
     SOURCES,
     asked_hash,
     check_same,
+    given_tokens,
     ingest_report,
     reply_name,
     segment_size,
@@ -80,6 +81,8 @@ class Ingests:
             raise MemoryRequestError(f"an ingest has one of {', '.join(SOURCES)}.")
         if body.tools is not None and body.messages is None:
             raise MemoryRequestError("tools belong to messages. Leave them out.")
+        if body.spans is not None and body.token_ids is None:
+            raise MemoryRequestError("spans belong to token_ids. Leave them out.")
         scope = await self._service.scope(raw, model)
         asked = await asyncio.to_thread(asked_hash, body)  # of many megabytes, maybe
         key = usage.key = scope.key(session)
@@ -171,9 +174,7 @@ class Ingests:
             return Text(await self._service.renderer.text_tokens(body.text)), ()
         if body.token_ids is not None:
             vocabulary = job.raw.app.state.vllm_config.model_config.get_vocab_size()
-            if not all(0 <= token < vocabulary for token in body.token_ids):
-                raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
-            return Text(body.token_ids), ()
+            return given_tokens(body, vocabulary, self._service.shape), ()
         assert body.messages is not None
         asked = {"messages": body.messages, "tools": body.tools, "model": model}
         asked = {name: value for name, value in asked.items() if value is not None}

@@ -136,7 +136,9 @@ async def _answer(request: GenerationRequest, raw_request: Request, generate: An
         return await generate(asked, raw_request)
 
     if request.memory is None:
-        return await stock_answer(request, raw_request, run)
+        if raw_request.app.state.deltamem is None:
+            return await stock_answer(request, raw_request, run)
+        return await Generation(service_of(raw_request)).answer_plain(request, raw_request, run)
     return await Generation(service_of(raw_request)).answer(request, raw_request, run)
 
 

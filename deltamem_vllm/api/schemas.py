@@ -5,7 +5,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
 from deltamem_vllm.engine.compat import ChatCompletionRequest, CompletionRequest
-from deltamem_vllm.memory import Memory
+from deltamem_vllm.memory import Memory, SpanRanges
 from deltamem_vllm.sessions import SessionInfo, SessionRecord
 from deltamem_vllm.state.page import MemoryMode
 
@@ -193,6 +193,9 @@ class IngestRequest(_Body):
 
     text: str | None = Field(default=None, min_length=1)
     token_ids: list[StrictInt] | None = Field(default=None, min_length=1)
+    spans: SpanRanges = None
+    """Of `token_ids`: see `Memory.spans`. Without them each token is written by itself."""
+
     job_id: str | None = Field(default=None, min_length=1, max_length=200)
     """Names the ingest: when it is repeated under the same name, it goes on where it stopped, or
     says what it did."""

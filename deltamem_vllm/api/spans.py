@@ -17,6 +17,10 @@ from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.engine.turn import Spans
 from deltamem_vllm.errors import MemoryRequestError
 
+MAX_RENDERED: Final = 10_000_000
+"""Tokens that may be rendered to find one chat's spans: some seconds. Each message takes another
+rendering of all before it, so that is 440 messages of 100 tokens."""
+
 MAX_ROLLBACK: Final = 16
 """Tokens at a conversation's end that may change when a message follows."""
 
@@ -57,18 +61,27 @@ class SpanFinder:
             add_generation_prompt: whether the prompt ends with what opens a reply.
 
         Raises:
-            MemoryRequestError: the template renders a message in another way once others follow.
+            MemoryRequestError: the template renders a message in another way once others follow;
+                or there are too many messages.
         """
         if first == len(messages):
             return ()
         edges = [start]
         rendered: Sequence[int] = ()
+        total = 0
         for count in range(first + 1, len(messages) + 1):
             is_last = count == len(messages)
             if is_last and not add_generation_prompt:
                 following = prompt
             else:
                 following = render(messages[:count], add_generation_prompt=False)
+            total += len(following)
+            if total > MAX_RENDERED:
+                raise MemoryRequestError(
+                    f"{len(messages) - first} messages are too many to be told apart at once, for "
+                    "an adapter that writes by messages or sentences: ingest them in parts, or as "
+                    "token ids with spans."
+                )
             if count > first + 1:
                 edges.append(_edge(rendered, following, edges[-1]))
             rendered = following

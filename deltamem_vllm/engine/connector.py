@@ -66,10 +66,10 @@ class PageLoad:
 
 @dataclass(frozen=True)
 class PageMarks:
-    """Mark the tokens of `block` that belong to spans, before the first of them."""
+    """Mark the tokens of blocks that belong to spans, before the first of them."""
 
-    block: int
-    words: Words
+    blocks: Words  # [n]
+    words: Words  # [n, words of a page's marks]
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class _Marks:
         )
         return cls(words.view(np.int32), size, args.span_end)
 
-    def step(self, before: int, count: int, blocks: list[int]) -> list[PageMarks]:
+    def step(self, before: int, count: int, blocks: list[int]) -> PageMarks:
         """For the pages that `count` tokens after the first `before`, which has less than the
         prompt, lie in."""
         last = min(before + count, self.num_tokens)
-        touched = range(before // self.block_size, (last - 1) // self.block_size + 1)
-        return [PageMarks(blocks[index], self.words[index]) for index in touched]
+        touched = slice(before // self.block_size, (last - 1) // self.block_size + 1)
+        return PageMarks(np.array(blocks[touched], np.int32), self.words[touched])
 
 
 @dataclass(frozen=True)
@@ -219,14 +219,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 for request_id in starting
             ],
             marks=[
-                mark
-                for request_id in self._marks.keys() & computed
-                if computed[request_id] < self._marks[request_id].num_tokens
-                for mark in self._marks[request_id].step(
+                self._marks[request_id].step(
                     computed[request_id],
                     scheduler_output.num_scheduled_tokens[request_id],
                     block_ids(request_id)[0],
                 )
+                for request_id in self._marks.keys() & computed
+                if computed[request_id] < self._marks[request_id].num_tokens
             ],
         )
 
@@ -300,12 +299,13 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             layer.pages.states[rows, 0] = torch.from_numpy(states[:, position]).to(device)
 
     def _mark(self, marks: list[PageMarks]) -> None:
-        blocks = torch.tensor([mark.block for mark in marks])
-        words = torch.from_numpy(np.stack([mark.words for mark in marks]))
+        blocks = torch.from_numpy(np.concatenate([mark.blocks for mark in marks]))
+        words = torch.from_numpy(np.concatenate([mark.words for mark in marks]))
         for layer in self._layers:
             assert layer.pages is not None and layer.pages.spans is not None
-            spans = layer.pages.spans
-            spans.marks[blocks.to(spans.marks.device)] = words.to(spans.marks.device)
+            of_layer = layer.pages.spans.marks
+            blocks, words = blocks.to(of_layer.device), words.to(of_layer.device)
+            of_layer[blocks] = words
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         finished, self._finished = self._finished, set()

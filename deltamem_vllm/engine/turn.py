@@ -5,6 +5,7 @@ A frontend begins a turn with `begin`, sends its request as `Start` says, and en
 """
 
 import uuid
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -56,8 +57,8 @@ class Start:
         """
         if "prompt_token_ids" not in prompt or prompt.get("type", "token") != "token":
             raise MemoryRequestError(
-                "a prompt that writes a session must consist of text or token ids, not of "
-                "embeddings or media."
+                "a prompt that is written must consist of text or token ids, not of embeddings or "
+                "media."
             )
         tokens = [*self.pending, *prompt["prompt_token_ids"]]
         if self.args.spans and self.args.spans[-1][1] > len(tokens):
@@ -127,6 +128,7 @@ def begin(
     reread: int = 0,
     spans: Sequence[tuple[int, int]] | None = None,
     scope: str = "",
+    is_kept: bool = True,
 ) -> Start:
     """Begin a turn on what a session holds.
 
@@ -137,6 +139,7 @@ def begin(
         reread: tokens at the prompt's start that are not written.
         spans: parts of the prompt that are written, each once; None: each token by itself.
         scope: see `cache_scope`.
+        is_kept: whether the final state of a turn that writes is wanted.
 
     Raises:
         SnapshotError: the content is not this adapter's.
@@ -150,13 +153,10 @@ def begin(
     placed: tuple[tuple[int, int], ...] | None = None
     ticket = None
     if mode == "read_write":
-        ticket = uuid.uuid4().hex
+        ticket = uuid.uuid4().hex if is_kept else None
         pending = () if before is None else before.pending_token_ids
         if spans is not None:
-            if shape.granularity == "token":
-                raise MemoryRequestError(
-                    "memory.spans with an adapter that writes every token by itself. Leave it out."
-                )
+            shape.check_spans()
             write_until = len(pending)
             placed = tuple((start + write_until, end + write_until) for start, end in spans)
         elif reread:
@@ -189,9 +189,30 @@ class Text:
         """Some of the tokens. A span that is cut becomes one on either side."""
         spans = self.spans
         if spans is not None:
-            clipped = ((max(begin, start), min(stop, end)) for begin, stop in spans)
-            spans = tuple((begin - start, stop - start) for begin, stop in clipped if begin < stop)
+            first = bisect_right(spans, start, key=_end)
+            last = bisect_left(spans, end, key=_begin)
+            spans = tuple(
+                (max(span[0], start) - start, min(span[1], end) - start)
+                for span in (spans[first:last] if start < end else ())
+            )
         return Text(self.tokens[start:end], spans)
+
+    def cut_before(self, start: int, end: int) -> int:
+        """Where to end a part that begins at `start`, at `end` at the latest, so as not to cut a
+        span; `end` if a span fills all of it."""
+        spans = self.spans or ()
+        index = bisect_right(spans, end, key=_end)
+        if index < len(spans) and start < spans[index][0] < end:
+            return spans[index][0]
+        return end
+
+
+def _begin(span: tuple[int, int]) -> int:
+    return span[0]
+
+
+def _end(span: tuple[int, int]) -> int:
+    return span[1]
 
 
 NO_TEXT: Final = Text()
@@ -210,9 +231,6 @@ def segments(text: Text, size: int, num_pending: int = 0) -> Iterator[Text]:
     """
     start, room = 0, max(1, size - num_pending)
     while start < len(text):
-        end = min(start + room, len(text))
-        for begin, stop in text.spans or ():
-            if start < begin < end < stop:
-                end = begin
+        end = text.cut_before(start, min(start + room, len(text)))
         yield text.part(start, end)
         start, room = end, size

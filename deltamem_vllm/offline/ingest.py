@@ -14,6 +14,7 @@ from deltamem_vllm.api.folding import ingested
 from deltamem_vllm.api.ingest import (
     asked_hash,
     check_same,
+    given_tokens,
     ingest_report,
     reply_name,
     segment_size,
@@ -132,6 +133,8 @@ def job_of(key: SessionKey, content: Any, lora: Any, **fields: Any) -> Job:
         raise MemoryRequestError(
             f"an ingest is of messages, a text, or token ids, not {type(content).__name__}."
         )
+    if fields.get("spans") is not None and source != "token_ids":
+        raise MemoryRequestError("spans belong to token ids. Leave them out.")
     try:
         return Job(key, IngestRequest(**{source: content}, **fields), lora)
     except ValidationError as error:
@@ -205,10 +208,7 @@ class Ingests:
         elif body.text is not None:
             text = Text(text_tokens(llm, body.text))
         else:
-            text = Text(body.token_ids or ())
-            vocabulary = llm.model_config.get_vocab_size()
-            if not all(0 <= token < vocabulary for token in text.tokens):
-                raise MemoryRequestError(f"token_ids are from 0 to {vocabulary - 1}.")
+            text = given_tokens(body, llm.model_config.get_vocab_size(), self._service.shape)
         if not text:
             raise MemoryRequestError("there is no token in it to write.")
         job.writing = Writing(content, text, size, job.lora)

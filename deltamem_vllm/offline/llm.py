@@ -190,6 +190,7 @@ class MemoryLLM(LLM):
         job_id: str | Sequence[str] | None = None,
         segment_tokens: int | None = None,
         tools: list[dict[str, Any]] | None = None,
+        spans: Sequence[Any] | None = None,
         replace: bool = False,
         ttl: float | None = None,
         max_wait: float | None = None,
@@ -208,6 +209,8 @@ class MemoryLLM(LLM):
             segment_tokens: tokens per request; fixed by a session's first ingest.
             tools: definitions that the messages were held with; as system messages, they are
                 rendered and not written.
+            spans: of token ids: what of them is written together, see `Memory.spans`; one list for
+                each session.
             replace: write into an empty memory; the sessions' versions before are kept.
             ttl, max_wait: see `Memory`.
             lora_request: of the model that reads the text.
@@ -228,7 +231,7 @@ class MemoryLLM(LLM):
             )
         if isinstance(session, str):
             names, contents = [session], [content]
-            job_ids = [job_id]
+            job_ids, placed = [job_id], [spans]
         else:
             if not isinstance(session, Iterable):
                 raise MemoryRequestError(f"session is a name or a list of names, not {session!r}.")
@@ -237,6 +240,7 @@ class MemoryLLM(LLM):
                 raise MemoryRequestError("content is one text; give a list, a text per session.")
             contents = _per_prompt("content", content, len(names))
             job_ids = _per_prompt("job_id", job_id, len(names))
+            placed = _per_prompt("spans", spans, len(names))
         jobs = [
             job_of(
                 self._service.key(name, lora_request),
@@ -245,10 +249,11 @@ class MemoryLLM(LLM):
                 job_id=job,
                 segment_tokens=segment_tokens,
                 tools=tools,
+                spans=ranges,
                 replace=replace,
                 ttl=ttl,
             )
-            for name, one, job in zip(names, contents, job_ids, strict=True)
+            for name, one, job, ranges in zip(names, contents, job_ids, placed, strict=True)
         ]
         with self._service.call() as sessions:
             reports = Ingests(self._service, sessions, kwargs).run(

@@ -65,7 +65,7 @@ class Turn:
     """Of the history that the prompt does not show."""
 
     start: Start | None = None
-    """How it begins in the engine; None for an ephemeral memory."""
+    """How it begins in the engine; None for an ephemeral memory that is written token by token."""
 
     entered: Any = None
     """The prompt as the engine got it, pending tokens first."""
@@ -98,6 +98,8 @@ class Turn:
                     f"{fed - given} pending go before it: with one for the answer that is more "
                     f"than max_model_len, {max_model_len}."
                 )
+        elif self.start.args.spans is not None:
+            prompt = self.start.prompt(prompt)
         self.entered = prompt
         return prompt, self.start.params(params)
 

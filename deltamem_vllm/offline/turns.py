@@ -7,14 +7,14 @@ from vllm import RequestOutput
 from vllm.logger import init_logger
 
 from deltamem_vllm.api.boundaries import pending_after
-from deltamem_vllm.api.conversation import NO_CONTINUATION, check_pinned
+from deltamem_vllm.api.conversation import NO_CONTINUATION, NO_PLAIN_SPANS, check_pinned
 from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.messages import Message, continued, hash_chain, hash_message
 from deltamem_vllm.api.replies import given_name
 from deltamem_vllm.api.schemas import MemoryReport
-from deltamem_vllm.engine.turn import BROKEN_OFF, begin
+from deltamem_vllm.engine.turn import BROKEN_OFF, Spans, begin
 from deltamem_vllm.errors import ConflictError, MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
@@ -144,14 +144,15 @@ class Turns:
             self._plan(turn)
         self._ingest_before(turns)
         for turn in turns:
-            if turn.memory is not None:
+            if turn.memory is not None or turn.spans is not None:
                 turn.start = begin(
-                    turn.memory.mode,
+                    "read_write" if turn.memory is None else turn.memory.mode,
                     turn.content,
                     self._service.shape,
                     reread=turn.reread,
                     spans=turn.spans,
                     scope=self._service.cache_scope(turn.lora),
+                    is_kept=turn.writes,
                 )
         for turn, output in zip(turns, self._run_turns(turns, **self._arguments), strict=True):
             turn.output = output
@@ -164,6 +165,7 @@ class Turns:
         """Find out what a turn grows out of, and what its prompt shows."""
         memory, key = turn.memory, turn.key
         if memory is None or key is None:
+            turn.spans = self._plain_spans(turn) if memory is None else memory.spans
             return
         versions = self._versions(memory, key)
         turn.base = versions[0] if versions else None
@@ -197,17 +199,35 @@ class Turns:
                 turn.partial = whole.pop()
                 hash_message(turn.partial, self._service.chain_key)  # refuses what cannot be kept
             turn.chain = (*written, *hash_chain(whole, self._service.chain_key))
-            if self._service.finder is not None:
-                assert self._render is not None
-                turn.spans = self._service.finder.find_all(
-                    self._render,
-                    self._render_bare if self._arguments.get("tools") else None,
-                    turn.prompt,
-                    add_generation_prompt=self._arguments.get("add_generation_prompt", True),
-                )
+            turn.spans = self._spans(turn)
         elif turn.writes:
             turn.spans = memory.spans
         turn.content = None if turn.base is None else turn.base.content
+
+    def _spans(self, turn: Turn) -> Spans | None:
+        """The spans of a chat without a window; None if the adapter writes token by token."""
+        if self._service.finder is None:
+            return None
+        assert self._render is not None
+        return self._service.finder.find_all(
+            self._render,
+            self._render_bare if self._arguments.get("tools") else None,
+            turn.prompt,
+            add_generation_prompt=self._arguments.get("add_generation_prompt", True),
+        )
+
+    def _plain_spans(self, turn: Turn) -> Spans | None:
+        """Those of a chat without a word about memory, which is never refused for them."""
+        tokenization = self._arguments.get(TOKENIZATION) or {}
+        is_cut = tokenization.get("truncate_prompt_tokens") is not None
+        if not self._is_chat or self._arguments.get(CONTINUES) or is_cut:
+            return None
+        try:
+            return self._spans(turn)
+        # A template refuses conversations that it was not made for each in its own way.
+        except Exception as error:
+            logger.warning_once(NO_PLAIN_SPANS, error)
+            return None
 
     def _versions(self, memory: Memory, key: SessionKey) -> tuple[SessionRecord, ...]:
         """What a turn may grow out of, newest first."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deltamem_vllm.adapter import Adapter, tensor_name
 from deltamem_vllm.config import WriteGranularity
-from deltamem_vllm.errors import SnapshotError
+from deltamem_vllm.errors import MemoryRequestError, SnapshotError
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,17 @@ class StateShape:
             shape=adapter.config.state_shape,
             granularity=adapter.config.memory_write_granularity,
         )
+
+    def check_spans(self) -> None:
+        """Refuse spans if the adapter knows none.
+
+        Raises:
+            MemoryRequestError: it writes every token by itself.
+        """
+        if self.granularity == "token":
+            raise MemoryRequestError(
+                "spans with an adapter that writes every token by itself. Leave them out."
+            )
 
     def pack(self, state: Mapping[str, Tensor]) -> bytes:
         """Concatenate all layers' states: fp32 [layers, H, r, r].

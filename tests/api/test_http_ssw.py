@@ -1,6 +1,5 @@
 """An adapter that writes by messages, served over HTTP."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,21 +7,20 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from deltamem_vllm.sessions import SessionStore, open_store
 from tests.api.server import CASE, Server, linked_checkpoint
 from tests.api.sessions_http import ask, record_of, state_of
 from tests.api.test_http_folding import tokens_of
 from tests.engine.test_ssw import lengths, prompt_of, said
-from tests.helpers import assert_states_close, change_json, random_tokens
+from tests.helpers import assert_states_close, random_tokens, written_by
 from tests.oracle import Oracle, Prompt
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = Path(shutil.copytree(CASE / "adapter", tmp_path_factory.mktemp("ssw") / "adapter"))
-    change_json(made / "delta_mem_config.json", memory_write_granularity="message_mean")
-    return made
+    return written_by("message_mean", CASE / "adapter", tmp_path_factory.mktemp("ssw"))
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +109,72 @@ def test_spans_of_a_completion(
         assert "spans" in answer.json()["error"]["message"]
     with pytest.raises(openai.BadRequestError, match="template"):
         ask(ssw_client, [said(430, 3)], {"session": "bad", "spans": [[0, 1]]})
+
+
+def test_chats_without_a_session_are_written_by_messages_too(
+    ssw_server: Server, ssw_oracle: Oracle
+) -> None:
+    messages = [said(450, 4, "system"), said(451, 9), said(452, 3, "assistant"), said(453, 12)]
+    body = {
+        "model": "words",
+        "messages": messages,
+        "max_tokens": 6,
+        "temperature": 0,
+        "logprobs": True,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    answer = httpx.post(f"{ssw_server.url}/v1/chat/completions", json=body, timeout=60).json()
+    (choice,) = answer["choices"]
+    assert "memory" not in answer
+    found = [one["logprob"] for one in choice["logprobs"]["content"]]
+    fed = [*answer["prompt_token_ids"], *choice["token_ids"][:-1]]
+
+    def told(logprobs: torch.Tensor) -> torch.Tensor:
+        chosen = torch.tensor(choice["token_ids"])
+        return logprobs[-6:].gather(1, chosen[:, None])[:, 0]
+
+    expected = told(ssw_oracle(fed, prompt=prompt_of(0, messages, 1)).logprobs)
+    torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+    assert (told(ssw_oracle(fed).logprobs) - expected).abs().max() > 1e-2
+    # Streams, several answers, and what has no messages of its own.
+    more = [
+        {**body, "n": 2, "temperature": 1},
+        {**body, "stream": True},
+        {**body, "continue_final_message": True, "add_generation_prompt": False},
+        {**body, "use_beam_search": True, "n": 2, "logprobs": False},
+    ]
+    for other in more:
+        again = httpx.post(f"{ssw_server.url}/v1/chat/completions", json=other, timeout=60)
+        assert again.status_code == 200, again.text
+
+
+def test_spans_of_a_completion_without_a_session(
+    ssw_server: Server, ssw_client: openai.OpenAI, ssw_store: SessionStore
+) -> None:
+    tokens, spans = random_tokens(460, 60), [[2, 20], [20, 41]]
+    kept = ask(ssw_client, tokens, {"session": "kept", "spans": spans})
+    reply = ask(ssw_client, tokens, {"spans": spans})
+    assert reply.token_ids == kept.token_ids
+    assert reply.memory["session"] is None
+    for bad in ({"prompt": [tokens, tokens]}, {"use_beam_search": True, "n": 2}, {"prompt": [1]}):
+        body = {"model": "words", "prompt": tokens, "memory": {"spans": spans}, **bad}
+        answer = httpx.post(f"{ssw_server.url}/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 400, answer.text
+        assert "spans" in answer.json()["error"]["message"]
+
+
+def test_token_ids_are_ingested_by_spans(
+    ssw_server: Server, ssw_store: SessionStore, ssw_oracle: Oracle
+) -> None:
+    tokens, spans = random_tokens(470, 40), [(0, 30), (33, 40)]
+    url = f"{ssw_server.url}/v1/memory/sessions/by-spans/ingest"
+    for bad in ({"token_ids": tokens, "spans": [[0, 41]]}, {"text": "w5", "spans": [[0, 1]]}):
+        assert httpx.post(url, json=bad, timeout=60).status_code == 400
+    answer = httpx.post(url, json={"token_ids": tokens, "spans": spans}, timeout=60)
+    assert answer.status_code == 200, answer.text
+    state = ssw_oracle(tokens, prompt=Prompt(0, 40, spans)).state
+    assert_states_close(state_of(record_of(ssw_store, "by-spans")), state)
 
 
 def test_an_ingest_of_messages_is_written_by_messages(

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from deltamem_vllm.api.messages import Message
 from deltamem_vllm.api.spans import SpanFinder, sentences
@@ -92,6 +94,41 @@ def test_a_token_that_holds_two_messages_belongs_to_the_later() -> None:
     found = finder.find_all(Renderer(MERGED), None, chat, add_generation_prompt=True)
     assert all(one[1] == other[0] for one, other in pairwise(found))
     assert found[-1][1] <= len(prompt)
+
+
+def test_too_many_messages_are_refused_before_they_take_minutes() -> None:
+    """Each takes a rendering of all before it."""
+    chat = [said("user", "a" * 20_000) for _ in range(50)]
+    with pytest.raises(MemoryRequestError, match="50 messages are too many"):
+        spans_of(CHATML, chat)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), max_size=12),
+    edges=st.tuples(st.integers(0, 90), st.integers(0, 90)),
+    size=st.integers(1, 12),
+)
+def test_parts_hold_the_spans_that_reach_into_them(
+    lengths: list[tuple[int, int]], edges: tuple[int, int], size: int
+) -> None:
+    spans: list[tuple[int, int]] = []
+    position = 0
+    for gap, length in lengths:
+        spans.append((position + gap, position + gap + length))
+        position = spans[-1][1]
+    text = Text(range(position + 5), tuple(spans))
+    start, end = sorted(min(edge, len(text)) for edge in edges)
+    clipped = [(max(a, start) - start, min(b, end) - start) for a, b in spans]
+    assert list(text.part(start, end).spans or ()) == [(a, b) for a, b in clipped if a < b]
+    at = 0
+    for piece in segments(text, size):
+        end = at + len(piece)
+        assert 0 < len(piece) <= size
+        # Only one that does not fit is cut, and then the piece is full.
+        cut = [b - a for a, b in spans if a < end < b]
+        assert not cut or (len(piece) == size and any(a <= at < b for a, b in spans if b > end))
+        at = end
+    assert at == len(text)
 
 
 def test_text_is_cut_between_spans_where_they_fit() -> None:

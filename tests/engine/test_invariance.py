@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ LOGPROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-5
 
 
-def start(**overrides) -> MemoryLLM:
+def start(adapter: Path = CASE / "adapter", **overrides) -> MemoryLLM:
     arguments = {
         "dtype": "float32",
         "max_model_len": 2048,
@@ -30,9 +31,7 @@ def start(**overrides) -> MemoryLLM:
         "skip_tokenizer_init": True,
         "disable_log_stats": False,
     }
-    return MemoryLLM(
-        str(CASE / "model"), adapter=str(CASE / "adapter"), **{**arguments, **overrides}
-    )
+    return MemoryLLM(str(CASE / "model"), adapter=str(adapter), **{**arguments, **overrides})
 
 
 @cache

@@ -1,12 +1,12 @@
 """Sessions of an adapter that writes by messages: what each turn writes, against the definition."""
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from vllm import TokensPrompt
 
 from deltamem_vllm import Memory, MemoryLLM
@@ -16,25 +16,25 @@ from deltamem_vllm.errors import MemoryRequestError
 from tests.helpers import (
     VOCAB,
     assert_states_close,
-    change_json,
     greedy,
+    output_logprobs,
     random_tokens,
     running,
     with_word_tokenizer,
     word,
+    written_by,
 )
 from tests.offline.runs import CASE, ENGINE, contents
 from tests.oracle import Oracle, Prompt
 
+LOGPROB_TOLERANCE = 1e-4
 WORDS = {word(token): token for token in range(VOCAB)}
 
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The golden case's weights, written by messages."""
-    made = Path(shutil.copytree(CASE / "adapter", tmp_path_factory.mktemp("ssw") / "adapter"))
-    change_json(made / "delta_mem_config.json", memory_write_granularity="message_mean")
-    return made
+    return written_by("message_mean", CASE / "adapter", tmp_path_factory.mktemp("ssw"))
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,77 @@ def test_a_prefix_hit_within_a_span_changes_nothing(ssw: MemoryLLM, oracle: Orac
         fed = [*tokens, *output.outputs[0].token_ids[:-1]]
         states[name] = oracle(fed, prompt=Prompt(0, len(tokens), spans)).state
         assert_states_close(ssw.sessions[name].state, states[name])
+
+
+def test_a_chat_without_a_session_is_written_by_messages_too(
+    ssw: MemoryLLM, oracle: Oracle
+) -> None:
+    messages = [said(360, 4, "system"), said(361, 9), said(362, 3, "assistant"), said(363, 12)]
+    (output,) = ssw.chat(messages, greedy(6), use_tqdm=False)
+    fed = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    answer = oracle(fed, prompt=prompt_of(0, messages, 1))
+    torch.testing.assert_close(
+        output_logprobs(output), answer.logprobs[-6:], rtol=0, atol=LOGPROB_TOLERANCE
+    )
+    token_wise = oracle(fed).logprobs[-6:]
+    assert (output_logprobs(output) - token_wise).abs().max() > 100 * LOGPROB_TOLERANCE
+    # What goes on with a message is not one.
+    (output,) = ssw.chat(
+        messages[:3],
+        greedy(6),
+        add_generation_prompt=False,
+        continue_final_message=True,
+        use_tqdm=False,
+    )
+    fed = [*output.prompt_token_ids, *output.outputs[0].token_ids[:-1]]
+    torch.testing.assert_close(
+        output_logprobs(output), oracle(fed).logprobs[-6:], rtol=0, atol=LOGPROB_TOLERANCE
+    )
+
+
+def test_spans_of_a_prompt_without_a_session(ssw: MemoryLLM, oracle: Oracle) -> None:
+    tokens, spans = random_tokens(370, 50), [(1, 20), (20, 44)]
+    prompt = TokensPrompt(prompt_token_ids=tokens)
+    before = set(ssw.sessions)
+    (output,) = ssw.generate(prompt, greedy(6), memory=Memory(spans=spans), use_tqdm=False)
+    fed = [*tokens, *output.outputs[0].token_ids[:-1]]
+    answer = oracle(fed, prompt=Prompt(0, 50, spans))
+    torch.testing.assert_close(
+        output_logprobs(output), answer.logprobs[-6:], rtol=0, atol=LOGPROB_TOLERANCE
+    )
+    assert (output.memory.session, output.memory.version) == (None, 0)
+    assert set(ssw.sessions) == before
+    with pytest.raises(MemoryRequestError, match="spans reach to token 51 of a prompt of 50"):
+        ssw.generate(prompt, greedy(2), memory=Memory(spans=[(0, 51)]), use_tqdm=False)
+    for wrong in (
+        {"version": 1},
+        {"mode": "read_only"},
+        {"turn": "a"},
+        {"window": {"messages": 1}},
+    ):
+        with pytest.raises(MemoryRequestError):
+            Memory(spans=spans, **wrong)
+
+
+def test_token_ids_are_ingested_by_spans(ssw: MemoryLLM, oracle: Oracle) -> None:
+    tokens, spans = random_tokens(380, 100), [(0, 30), (30, 55), (60, 100)]
+    ssw.ingest(
+        ["spans", "one"],
+        [tokens, tokens[:20]],
+        spans=[spans, [(0, 20)]],
+        segment_tokens=60,
+        use_tqdm=False,
+    )
+    # The first segment ends where a span begins that it could not hold.
+    first = oracle(tokens[:60], prompt=Prompt(0, 60, spans[:2]))
+    second = oracle(tokens[60:], state=first.state, prompt=Prompt(0, 40, [(0, 40)]))
+    assert_states_close(ssw.sessions["spans"].state, second.state)
+    alone = oracle(tokens[:20], prompt=Prompt(0, 20, [(0, 20)]))
+    assert_states_close(ssw.sessions["one"].state, alone.state)
+    for content, bad in ((tokens, [(0, 101)]), (tokens, [(3, 2)]), ("text", [(0, 1)])):
+        with pytest.raises(MemoryRequestError, match="spans"):
+            ssw.ingest("refused", content, spans=bad, use_tqdm=False)
+    assert "refused" not in ssw.sessions
 
 
 def test_prompts_without_spans_are_written_token_by_token(ssw: MemoryLLM, oracle: Oracle) -> None:

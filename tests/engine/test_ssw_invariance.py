@@ -4,7 +4,6 @@ The adapter has four states and writes by messages.
 """
 
 import random
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,9 @@ from tests.engine.test_invariance import (
     counter,
     mixed_prompts,
     prompt,
+    start,
 )
-from tests.helpers import VOCAB, assert_states_close, change_json, full_logprobs, running
+from tests.helpers import VOCAB, assert_states_close, full_logprobs, running, written_by
 from tests.oracle import Oracle, Prompt
 
 Spans = list[tuple[int, int]]
@@ -30,27 +30,12 @@ Spans = list[tuple[int, int]]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = Path(shutil.copytree(CASE / "adapter", tmp_path_factory.mktemp("ssw") / "adapter"))
-    change_json(made / "delta_mem_config.json", memory_write_granularity="message_mean")
-    return made
+    return written_by("message_mean", CASE / "adapter", tmp_path_factory.mktemp("ssw"))
 
 
 @pytest.fixture(scope="module")
 def oracle(adapter: Path) -> Oracle:
     return Oracle(CASE / "model", adapter)
-
-
-def start(adapter: Path, **overrides: Any) -> MemoryLLM:
-    arguments = {
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_logprobs": VOCAB,
-        "block_size": BLOCK,
-        "enforce_eager": True,
-        "skip_tokenizer_init": True,
-        "disable_log_stats": False,
-    }
-    return MemoryLLM(str(CASE / "model"), adapter=str(adapter), **{**arguments, **overrides})
 
 
 def spans_of(tokens: list[int]) -> Spans:
