@@ -1,20 +1,38 @@
 """`patches/` is true: each diff applies to the installed vLLM, each name of its tables exists."""
 
 import importlib
+import importlib.util
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import vllm
+
+from deltamem_vllm.engine.compat import SUPPORTED_VERSIONS
 
 PATCHES = Path(__file__).parents[1] / "patches"
 DIFFS = sorted(PATCHES.glob("*.diff"))
 INSTALLED = Path(vllm.__file__).parent.parent
 README = (PATCHES / "README.md").read_text(encoding="utf-8")
 ROW = re.compile(r"^\| (`vllm[^|]*) \|", re.MULTILINE)
+RECORD = json.loads((PATCHES / "signatures.json").read_text(encoding="utf-8"))
 NAMES = [name for cell in ROW.findall(README) for name in re.findall(r"`([^`]+)`", cell)]
+
+
+def load(path: Path) -> ModuleType:
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+vllm_signatures = load(PATCHES / "signatures.py")
 
 
 def touched_files(diff: Path) -> list[str]:
@@ -104,7 +122,48 @@ def test_every_vllm_name_that_we_import_is_in_a_table() -> None:
     assert not found - documented
 
 
+def test_signatures_of_the_installed_version_are_those_on_record() -> None:
+    """What we rely on has not changed behind a version's name."""
+    assert vllm_signatures.signatures(INSTALLED) == RECORD[vllm_signatures.minor(vllm.__version__)]
+
+
+def test_every_supported_version_has_all_that_we_touch() -> None:
+    assert set(RECORD) == set(SUPPORTED_VERSIONS)
+    for version, found in RECORD.items():
+        assert set(found) == set(vllm_signatures.touched()), version
+        assert not [name for name, signature in found.items() if signature is None], version
+
+
+def test_a_changed_signature_is_noticed(tmp_path: Path) -> None:
+    name = "vllm.v1.request:Request.update_block_hashes"
+    changed = tmp_path / "vllm" / "v1" / "request.py"
+    changed.parent.mkdir(parents=True)
+    source = (INSTALLED / "vllm/v1/request.py").read_text(encoding="utf-8")
+    old = "def update_block_hashes(self)"
+    assert source.count(old) == 1
+    changed.write_text(source.replace(old, "def update_block_hashes(self, start: int)"))
+    found = vllm_signatures.Sources(tmp_path).signature(name)
+    assert "start: int" in found
+    assert found != RECORD[vllm_signatures.minor(vllm.__version__)][name]
+
+
+def test_what_differs_between_versions_is_known() -> None:
+    """Fields that came or changed, of which we use none; see README.md."""
+    old, new = RECORD["0.32"], RECORD["0.33"]
+    assert {name.rpartition(":")[2] for name in old if old[name] != new[name]} == {
+        "VllmConfig",
+        "ChatCompletionRequest",
+        "CompletionRequest",
+        "ResponsesRequest",
+        "OnlineRenderer",
+        "TokenizeParams",
+        "AttentionBackend",
+        "SchedulerOutput",
+    }
+
+
 def test_every_file_in_patches_is_known() -> None:
     """A diff under another name would not be tested."""
     names = {path.name for path in PATCHES.iterdir() if path.is_file()}
-    assert names == {path.name for path in DIFFS} | {"README.md", "vllm_cpu_metadata.py"}
+    known = {"README.md", "vllm_cpu_metadata.py", "signatures.py", "signatures.json"}
+    assert names == {path.name for path in DIFFS} | known
