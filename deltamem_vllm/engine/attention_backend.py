@@ -12,13 +12,14 @@ import torch
 
 from deltamem_vllm.engine.compat import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
     VllmConfig,
 )
-from deltamem_vllm.ops import Batch
+from deltamem_vllm.ops import Batch, runs_in_graphs
 
 
 @dataclass
@@ -29,7 +30,25 @@ class MemoryMetadata(AttentionMetadata):
 
 
 class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
-    """Packs vLLM's common metadata for the memory op; allocates nothing."""
+    """Packs vLLM's common metadata for the memory op; allocates nothing.
+
+    CUDA graphs replay the op on the tensors of their capture. Those of the common metadata are fit
+    for that: both of vLLM's model runners keep block table, query boundaries and sequence lengths
+    in buffers for good, and mark padded rows with a length of 0, which the op skips.
+    """
+
+    @classmethod
+    def get_cudagraph_support(
+        cls, vllm_config: VllmConfig, kv_cache_spec: Any
+    ) -> AttentionCGSupport:
+        """Batches whose requests all have one token, or one and their drafts.
+
+        Not any batch: how many launches the op takes depends on the longest query.
+        """
+        device = torch.device(vllm_config.device_config.device_type)
+        if runs_in_graphs(device):
+            return AttentionCGSupport.UNIFORM_BATCH
+        return AttentionCGSupport.NEVER
 
     def __init__(
         self,
@@ -51,6 +70,7 @@ class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
                 block_table=common_attn_metadata.block_table_tensor,
                 query_start_loc=common_attn_metadata.query_start_loc,
                 seq_lens=common_attn_metadata.seq_lens,
+                max_query_len=common_attn_metadata.max_query_len,
             )
         )
 

@@ -52,6 +52,7 @@ from vllm.utils.mistral import is_mistral_tokenizer
 from vllm.utils.torch_utils import direct_register_custom_op, get_dtype_size
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -231,6 +232,7 @@ def kv_connector_of(vllm_config: VllmConfig) -> str | None:
 __all__ = [
     "GENERATION_REQUESTS",
     "AttentionBackend",
+    "AttentionCGSupport",
     "AttentionLayerBase",
     "AttentionMetadata",
     "AttentionMetadataBuilder",

@@ -267,10 +267,11 @@ class Case:
                     pages.spans.sums[page, request.context % self.ring] = sums
             if pages.spans is not None and request.active:
                 self._place_marks(row, pages.spans.marks)
-        for row, request in enumerate(self.requests):
+        for row in sorted(range(len(self.requests)), key=lambda row: self.requests[row].context):
+            request = self.requests[row]
             if request.hits is not None:
-                block = request.context // size - 1
-                self.table[row, block] = self.table[request.hits, block]
+                blocks = request.context // size
+                self.table[row, :blocks] = self.table[request.hits, :blocks]
 
     def _place_marks(self, row: int, marks: Tensor) -> None:
         """Mark the tokens of all blocks that a row's tokens touch."""
