@@ -14,12 +14,13 @@ from collections import deque
 from contextlib import suppress
 from typing import Any, Final
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deltamem_vllm.api.problems import problem_response
 from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.engine.compat import GENERATION_REQUESTS
+from deltamem_vllm.engine.reload import refuse_reload, refuse_sleep
 from deltamem_vllm.engine.request_args import ARGS_KEY
 from deltamem_vllm.engine.settings import MemoryConfigHook
 from deltamem_vllm.errors import DeltaMemError, MemoryRequestError, TooLargeError
@@ -30,6 +31,10 @@ MEMORY_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 """Routes that take a memory, on servers with sessions."""
 
 OUR_PREFIX: Final = "/v1/memory/"
+
+CALL_PATH: Final = "/collective_rpc"
+SLEEP_PATH: Final = "/sleep"
+"""Routes of vLLM's development mode that could change weights."""
 
 LINGER_S: Final = 5.0
 """How long the rest of a refused body is taken and dropped. A connection that is closed beside a
@@ -84,12 +89,17 @@ class Gatekeeper:
         is_ours = path.startswith(OUR_PREFIX)
         limit = _limit(scope) if is_ours else None
         has_json = "json" in Headers(scope=scope).get("content-type", "").lower()
-        if not (is_ours or has_json):
+        has_json = has_json or path == CALL_PATH
+        if not (is_ours or has_json or path == SLEEP_PATH):
             await self._app(scope, receive, send)
             return
         try:
+            if path == SLEEP_PATH:
+                refuse_sleep(QueryParams(scope["query_string"]).get("level"))
             messages = await _read(scope, receive, limit)
-            if not is_ours:
+            if path == CALL_PATH:
+                _check_call(b"".join(message.get("body", b"") for message in messages))
+            elif not is_ours:
                 _check(b"".join(message.get("body", b"") for message in messages), path)
         except DeltaMemError as error:
             if isinstance(error, TooLargeError):
@@ -138,6 +148,20 @@ def _limit(scope: Scope) -> int:
     if service is None:
         return int(ServerSettings.model_fields["max_ingest_bytes"].default)
     return int(service.settings.max_ingest_bytes)
+
+
+def _check_call(body: bytes) -> None:
+    """Refuse calls of workers that would change weights.
+
+    Raises:
+        MemoryRequestError: see `refuse_reload`.
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        return
+    if isinstance(asked, dict):
+        refuse_reload(asked.get("method"))
 
 
 def _check(body: bytes, path: str) -> None:

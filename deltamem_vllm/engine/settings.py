@@ -234,6 +234,9 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
         "a Mamba-hybrid backbone": model.is_hybrid,
         "cross-layer KV sharing (--kv-sharing-fast-prefill)": cache.kv_sharing_fast_prefill,
         "KV cache offloading (--kv-offloading-size)": cache.kv_offloading_size is not None,
+        "changes of weights while serving (--weight-transfer-config)": (
+            vllm_config.weight_transfer_config is not None
+        ),
         "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         f"--load-format {load_format} (it does not load the adapter)": (
             load_format in FORMATS_WITHOUT_ADAPTER

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from deltamem_vllm.engine.compat import VllmConfig
 from deltamem_vllm.engine.memory_layer import MemoryLayer
+from deltamem_vllm.engine.reload import RELOAD_PROBLEM
 from deltamem_vllm.engine.settings import served_adapter
+from deltamem_vllm.errors import EngineConfigError
 
 
 class MemoryModel(nn.Module):
@@ -27,6 +29,7 @@ class MemoryModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)
         self._adapter = served_adapter(vllm_config)
+        self._was_loaded = False
         for name, attention in self.named_modules():
             layer_name = name.rpartition(".")[0]
             if not name.endswith(".self_attn"):
@@ -46,7 +49,14 @@ class MemoryModel(nn.Module):
 
         Returns:
             The names of all parameters that were loaded.
+
+        Raises:
+            EngineConfigError: they were loaded before. vLLM has taken the model apart by then, so
+                no request is served any more; frontends refuse earlier.
         """
+        if self._was_loaded:
+            raise EngineConfigError(RELOAD_PROBLEM)
+        self._was_loaded = True
         loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]  # the stock class
         for name, module in self.named_modules():
             if isinstance(module, MemoryLayer):

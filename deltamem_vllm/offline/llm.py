@@ -23,6 +23,7 @@ from deltamem_vllm.engine.names import (
     KV_ROLE,
     WORKER_EXTENSION,
 )
+from deltamem_vllm.engine.reload import refuse_reload, refuse_sleep
 from deltamem_vllm.errors import DeltaMemError, EngineConfigError, MemoryRequestError
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.models.overrides import memory_overrides
@@ -123,6 +124,30 @@ class MemoryLLM(LLM):
         """Shut the engine down and let go of the store; the process's end does so, too."""
         self.llm_engine.engine_core.shutdown()
         self._service.close()
+
+    def collective_rpc(
+        self,
+        method: Any,
+        timeout: float | None = None,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> list[Any]:
+        """`LLM.collective_rpc`.
+
+        Raises:
+            MemoryRequestError: the call would change the weights that sessions belong to.
+        """
+        refuse_reload(method)
+        return list(super().collective_rpc(method, timeout, args, kwargs))
+
+    def sleep(self, level: int = 1, **kwargs: Any) -> Any:
+        """`LLM.sleep`.
+
+        Raises:
+            MemoryRequestError: the level would throw the weights away.
+        """
+        refuse_sleep(level)
+        return super().sleep(level, **kwargs)
 
     @property
     def sessions(self) -> Sessions:

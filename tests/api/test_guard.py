@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from deltamem_vllm.api.guard import Gatekeeper
 from deltamem_vllm.api.settings import ServerSettings
+from deltamem_vllm.engine.reload import RELOADS
 from deltamem_vllm.engine.request_args import ARGS_KEY
 from deltamem_vllm.engine.settings import MemoryConfigHook
 
@@ -54,6 +55,22 @@ def test_only_bodies_of_other_routes_are_looked_through() -> None:
     assert (post("/v1/responses", body)).status_code == 400
     answer = post(OURS, body)
     assert (answer.status_code, answer.content) == (200, body)
+
+
+@pytest.mark.parametrize("method", RELOADS)
+def test_calls_that_change_weights_are_refused(method: str) -> None:
+    answer = post("/collective_rpc", json.dumps({"method": method}).encode())
+    assert answer.status_code == 400
+    assert "sessions belong to the weights" in answer.json()["error"]["message"]
+
+
+def test_only_a_sleep_that_throws_weights_away_is_refused() -> None:
+    assert post("/sleep?level=2", b"").status_code == 400
+    for path in ("/sleep?level=1", "/sleep"):
+        assert post(path, b"").status_code == 200
+    other = json.dumps({"method": "take_correction_norms"}).encode()
+    for body in (other, b"", b"[1]", b"{"):
+        assert post("/collective_rpc", body).content == body
 
 
 def test_bodies_of_our_routes_have_a_limit() -> None:
