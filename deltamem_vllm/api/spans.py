@@ -49,8 +49,11 @@ class SpanFinder:
         start: int = 0,
         first: int = 0,
         add_generation_prompt: bool = True,
-    ) -> Spans:
+    ) -> Spans | None:
         """The spans of a rendered chat.
+
+        None if its messages have none, such as one that is empty: all tokens are written then, each
+        by itself, as the reference does.
 
         Args:
             render: the chat template, called once per message.
@@ -65,7 +68,7 @@ class SpanFinder:
                 or there are too many messages.
         """
         if first == len(messages):
-            return ()
+            return None
         edges = [start]
         rendered: Sequence[int] = ()
         total = 0
@@ -86,12 +89,13 @@ class SpanFinder:
                 edges.append(_edge(rendered, following, edges[-1]))
             rendered = following
         edges.append(_edge(rendered, prompt, edges[-1]))
-        return tuple(
+        spans = tuple(
             span
             for message, (begin, end) in zip(messages[first:], pairwise(edges), strict=True)
             if begin < end and role_of(message) not in STANDING_ROLES
             for span in self._spans_of(message, prompt, begin, end)
         )
+        return spans or None
 
     def find_all(
         self,
@@ -100,7 +104,7 @@ class SpanFinder:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
-    ) -> Spans:
+    ) -> Spans | None:
         """The spans of a chat none of whose messages was written before; see `find`.
 
         Args:
@@ -134,21 +138,21 @@ class SpanFinder:
     def _spans_of(
         self, message: Message, prompt: Sequence[int], begin: int, end: int
     ) -> Iterator[tuple[int, int]]:
+        if self.granularity == "message_mean":
+            yield begin, end
+            return
         text = "\n".join(texts_of(message))
-        if self.granularity == "sentence_mean" and text:
-            tokens = list(self.text_tokens(text))
-            at = _place_of(tokens, prompt[begin:end])
-            if at is not None:
-                pieces = [list(self.text_tokens(one)) for one in sentences(text)]
-                if [token for piece in pieces for token in piece] != tokens:
-                    pieces = [tokens]  # a token lies across two of them
-                position = begin + at
-                for piece in filter(None, pieces):
-                    yield position, position + len(piece)
-                    position += len(piece)
-                return
-        # Also a text whose tokens cannot be told from the template's: better together than not.
-        yield begin, end
+        tokens = list(self.text_tokens(text))
+        at = _place_of(tokens, prompt[begin:end])
+        if at is None:
+            return
+        pieces = [list(self.text_tokens(one)) for one in sentences(text)]
+        if [token for piece in pieces for token in piece] != tokens:
+            pieces = [tokens]  # a token lies across two of them
+        position = begin + at
+        for piece in filter(None, pieces):
+            yield position, position + len(piece)
+            position += len(piece)
 
 
 def sentences(text: str) -> list[str]:

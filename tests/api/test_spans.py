@@ -39,6 +39,7 @@ def spans_of(
     render = Renderer(template)
     prompt = render(messages, add_generation_prompt=add_generation_prompt)
     found = finder.find_all(render, None, messages, add_generation_prompt=add_generation_prompt)
+    assert found is not None
     return [TOKENIZER.decode(prompt[begin:end]) for begin, end in found]
 
 
@@ -72,11 +73,19 @@ def test_a_token_across_sentences_makes_them_one() -> None:
     assert sentences("one.\n\n\ntwo") == ["one.", "\n\n\ntwo"]
     # Three line breaks are a pair and a single one here, whatever stands before them.
     assert spans_of(CHATML, chat, "sentence_mean") == ["one.", "\n\n\ntwo"]
-    joined = SpanFinder("sentence_mean", lambda text: TOKENIZER.encode(text.replace(".\n", "!")))
+
+
+def test_sentences_that_cannot_be_found_are_in_no_span() -> None:
+    """As in the published reference; and a chat without any is written token by token."""
+    chat = [said("user", "one. two"), said("assistant", ""), said("user", "three. four")]
+    lost = SpanFinder("sentence_mean", lambda text: TOKENIZER.encode(text.replace("three", "3")))
     render = Renderer(CHATML)
     prompt = render(chat, add_generation_prompt=True)
-    (span,) = joined.find_all(render, None, chat, add_generation_prompt=True)
-    assert TOKENIZER.decode(prompt[slice(*span)]) == "<|im_start|>user\none.\n\n\ntwo<|im_end|>\n"
+    found = lost.find_all(render, None, chat, add_generation_prompt=True)
+    assert found is not None
+    assert [TOKENIZER.decode(prompt[slice(*span)]) for span in found] == ["one.", " two"]
+    for silent in (chat[2:], [said("user", "")], [said("system", "be kind")]):
+        assert lost.find_all(render, None, silent, add_generation_prompt=True) is None
 
 
 def test_a_template_that_changes_messages_is_refused() -> None:
@@ -92,6 +101,7 @@ def test_a_token_that_holds_two_messages_belongs_to_the_later() -> None:
     prompt = Renderer(MERGED)(chat, add_generation_prompt=True)
     finder = SpanFinder("message_mean", TOKENIZER.encode)
     found = finder.find_all(Renderer(MERGED), None, chat, add_generation_prompt=True)
+    assert found is not None
     assert all(one[1] == other[0] for one, other in pairwise(found))
     assert found[-1][1] <= len(prompt)
 
