@@ -1,9 +1,7 @@
 """The `vllm.general_plugins` entry point: registration, nothing else."""
 
+from deltamem_vllm.engine.names import MEMORY_STEP_OP
 from deltamem_vllm.models.registry import MODEL_CLASSES
-
-MEMORY_STEP_OP = "deltamem::memory_step"
-"""The op of `engine/memory_layer.py`, by its name so that discovery stays light."""
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import vllm
 from vllm import envs
+from vllm.compilation.breakable_cudagraph import eager_break_during_capture
 from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config
 from vllm.config.kv_transfer import KVTransferConfig
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -264,6 +265,7 @@ __all__ = [
     "call_all_workers",
     "check_version",
     "direct_register_custom_op",
+    "eager_break_during_capture",
     "engine_is_dead",
     "engine_of_this_process_is_taken",
     "extend_cache_salt",

@@ -134,6 +134,18 @@ class SavedState:
         }
 
 
+def _on_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """A copy of `array` on `device`, in the order of its stream.
+
+    From pinned memory: any other copy makes the host wait until the device has run all that was
+    queued before, which is the step that asynchronous scheduling runs meanwhile.
+    """
+    tensor = torch.from_numpy(array)
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass
 class MemoryConnectorMetadata(KVConnectorMetadata):
     """One step's page traffic. Saves come first: a freed block may be filled in the same step."""
@@ -278,7 +290,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._saved[save.ticket] = SavedState(save.num_tokens, states)
 
     def _load(self, loads: list[PageLoad]) -> None:
-        """Write headers and initial states of all starting requests, one copy per layer."""
+        """Write headers and initial states of all starting requests, sent to the device once."""
         shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
         states = np.zeros((len(loads), *shape), np.float32)
         header = np.zeros((len(loads), HEADER_WORDS), np.int32)
@@ -289,23 +301,30 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             header[row, WRITE_FROM] = load.args.write_from
             header[row, WRITE_UNTIL] = load.args.write_until
             header[row, SPAN_END] = load.args.span_end or 0
-        blocks = torch.tensor([load.block for load in loads])
+        device = self._device()
+        rows = _on_device(np.array([load.block for load in loads]), device)
+        headers, first_states = _on_device(header, device), _on_device(states, device)
         for layer in self._layers:
             assert layer.pages is not None
-            device = layer.pages.states.device
             position = self.adapter.layer_indices.index(layer.layer_index)
-            rows = blocks.to(device)
-            layer.pages.header[rows] = torch.from_numpy(header).to(device)
-            layer.pages.states[rows, 0] = torch.from_numpy(states[:, position]).to(device)
+            layer.pages.header[rows] = headers
+            layer.pages.states[rows, 0] = first_states[:, position]
+
+    def _device(self) -> torch.device:
+        """Where the state pages of all layers lie."""
+        pages = self._layers[0].pages
+        assert pages is not None
+        return pages.states.device
 
     def _mark(self, marks: list[PageMarks]) -> None:
-        blocks = torch.from_numpy(np.concatenate([mark.blocks for mark in marks]))
-        words = torch.from_numpy(np.concatenate([mark.words for mark in marks]))
+        if not self._layers:
+            return
+        device = self._device()
+        blocks = _on_device(np.concatenate([mark.blocks for mark in marks]), device)
+        words = _on_device(np.concatenate([mark.words for mark in marks]), device)
         for layer in self._layers:
             assert layer.pages is not None and layer.pages.spans is not None
-            of_layer = layer.pages.spans.marks
-            blocks, words = blocks.to(of_layer.device), words.to(of_layer.device)
-            of_layer[blocks] = words
+            layer.pages.spans.marks[blocks] = words
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         finished, self._finished = self._finished, set()

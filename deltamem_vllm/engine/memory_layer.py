@@ -27,6 +27,7 @@ from deltamem_vllm.engine.compat import (
     SlidingWindowSpec,
     VllmConfig,
     direct_register_custom_op,
+    eager_break_during_capture,
     extract_layer_index,
     get_dtype_size,
     get_forward_context,
@@ -328,7 +329,8 @@ def _memory_step_fake(projections: Tensor, reads: Tensor, layer_name: str) -> No
 _library = Library("deltamem", "FRAGMENT")
 direct_register_custom_op(
     op_name="memory_step",
-    op_func=_memory_step,
+    # vLLM's breakable CUDA graphs know no splitting ops: they stop where an op says so.
+    op_func=eager_break_during_capture(_memory_step),
     mutates_args=["reads"],
     fake_impl=_memory_step_fake,
     target_lib=_library,

@@ -24,7 +24,7 @@ from deltamem_vllm.adapter import (
 from deltamem_vllm.adapter.link import CONFIG_KEY
 from deltamem_vllm.adapter.names import ADAPTER_FILES
 from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_connector_of
-from deltamem_vllm.engine.names import CONNECTOR_NAME
+from deltamem_vllm.engine.names import CONNECTOR_NAME, MEMORY_STEP_OP
 from deltamem_vllm.errors import AdapterError, ConfigError, EngineConfigError
 from deltamem_vllm.ops import DeltaRule
 from deltamem_vllm.state.page import PageLayout, SpanSizes, ring_length
@@ -219,6 +219,8 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
     load_format = str(vllm_config.load_config.load_format)
     model, connector = vllm_config.model_config, kv_connector_of(vllm_config)
     speculative = vllm_config.speculative_config
+    # Without its name there, piecewise CUDA graphs would hold the op with no step's metadata.
+    splits = vllm_config.compilation_config.splitting_ops
     drafter = None if speculative is None else str(speculative.method)
     refusals = {
         "--prefix-match-unit other than the block size (prefix-cache hits must be whole blocks)": (
@@ -238,6 +240,9 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
             vllm_config.weight_transfer_config is not None
         ),
         "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
+        f"splitting_ops without {MEMORY_STEP_OP!r} (in --compilation-config)": (
+            bool(splits) and MEMORY_STEP_OP not in splits
+        ),
         f"--load-format {load_format} (it does not load the adapter)": (
             load_format in FORMATS_WITHOUT_ADAPTER
         ),

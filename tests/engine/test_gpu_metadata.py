@@ -67,29 +67,29 @@ class Buffers:
         group.metadata_builders = [builder]
         self.groups = [[group]]
 
-    def fill(self, contexts: list[int], tables: list[list[int]]) -> None:
-        """One token for each request; all other rows are padding, as vLLM pads them."""
+    def fill(self, contexts: list[int], tables: list[list[int]], each: int) -> None:
+        """`each` tokens for a request; all other rows are padding, as vLLM pads them."""
         count = len(contexts)
-        self.query_start_loc.fill_(count)
-        self.query_start_loc[: count + 1] = torch.arange(count + 1)
+        self.query_start_loc.fill_(count * each)
+        self.query_start_loc[: count + 1] = torch.arange(count + 1) * each
         self.seq_lens.zero_()
-        self.seq_lens[:count] = torch.tensor(contexts) + 1
+        self.seq_lens[:count] = torch.tensor(contexts) + each
         self.block_table.zero_()
         for row, table in enumerate(tables):
             self.block_table[row, : len(table)] = torch.tensor(table)
 
-    def build(self, rows: int, *, capture: bool = False) -> Any:
+    def build(self, rows: int, each: int, *, capture: bool = False) -> Any:
         metadata = build_attn_metadata(
             attn_groups=self.groups,
             num_reqs=rows,
-            num_tokens=rows,
+            num_tokens=rows * each,
             query_start_loc_gpu=self.query_start_loc[: rows + 1],
             query_start_loc_cpu=self.query_start_loc[: rows + 1].clone(),
-            max_query_len=1,
+            max_query_len=each,
             seq_lens=self.seq_lens,
             max_seq_len=64,
             block_tables=[self.block_table[:rows]],
-            slot_mappings=torch.zeros(1, rows, dtype=torch.int64),
+            slot_mappings=torch.zeros(1, rows * each, dtype=torch.int64),
             kv_cache_config=SimpleNamespace(kv_cache_groups=[None]),
             for_cudagraph_capture=capture,
         )
@@ -101,35 +101,35 @@ def addresses(batch: Any) -> list[int]:
     return [tensor.data_ptr() for tensor in tensors]
 
 
-def test_a_captured_step_replays_on_later_requests_of_the_same_tensors() -> None:
+@pytest.mark.parametrize("each", [1, 3], ids=["plain", "drafts"])
+def test_a_captured_step_replays_on_later_requests_of_the_same_tensors(each: int) -> None:
     """Rows beyond the requests touch no page; the metadata of the capture is that of the replay."""
-    rule, layout = DeltaRule(4), PageLayout((1, 4, 4), 2)
+    rule, layout = DeltaRule(4), PageLayout((1, 4, 4), each + 1)
     buffers = Buffers()
-    captured = buffers.build(MAX_ROWS, capture=True).batch
-    assert captured.max_query_len == 1
+    captured = buffers.build(MAX_ROWS, each, capture=True).batch
+    assert captured.max_query_len == each
     for contexts, tables in (([40, 3], [[1, 2], [3]]), ([5, 65, 32], [[4], [5, 6, 7], [8, 9]])):
-        buffers.fill(contexts, tables)
-        built = buffers.build(MAX_ROWS).batch
+        buffers.fill(contexts, tables, each)
+        built = buffers.build(MAX_ROWS, each).batch
         assert addresses(built) == addresses(captured)
         assert {tensor.dtype for tensor in built[:3]} == {torch.int32}
         raw = torch.randn(12, layout.page_words)
         pages = layout.views(raw)
         pages.header.zero_()
         before = raw.clone()
-        projections = torch.randn(MAX_ROWS, rule.projection_dim)
+        projections = torch.randn(MAX_ROWS * each, rule.projection_dim)
         bias = torch.zeros(rule.gate_bias_dim)
         options = {"block_size": BLOCK, "pages_are_initialised": True}
         reads = memory_step(rule, projections, bias, pages, captured, **options)
         own = [table[context // BLOCK] for context, table in zip(contexts, tables, strict=True)]
         touched = (raw != before).any(dim=1).nonzero().flatten().tolist()
         assert touched == sorted(own)
-        assert not reads[len(contexts) :].any()
+        fed = len(contexts) * each
+        assert not reads[fed:].any()
         alone = before.clone()
-        exact = buffers.build(len(contexts)).batch
-        expected = memory_step(
-            rule, projections[: len(contexts)], bias, layout.views(alone), exact, **options
-        )
-        assert torch.equal(reads[: len(contexts)], expected)
+        exact = buffers.build(len(contexts), each).batch
+        expected = memory_step(rule, projections[:fed], bias, layout.views(alone), exact, **options)
+        assert torch.equal(reads[:fed], expected)
         assert torch.equal(raw, alone)
 
 
@@ -191,3 +191,21 @@ def test_a_page_is_never_split_among_kernel_blocks(engine: MemoryLLM) -> None:
         spec = specs[0].copy_with_new_block_size(size)
         backends = [FlashAttentionBackend, MemoryBackend]
         assert select_common_block_size(size, backends, [None, spec]) == size
+
+
+def test_a_block_that_the_attention_would_split_is_refused(engine: MemoryLLM) -> None:
+    """FlashInfer's largest kernel block is 64 tokens on most GPUs; a page has one address."""
+
+    class UpTo64(FlashAttentionBackend):
+        @classmethod
+        def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
+            return [16, 32, 64]
+
+    worker = engine.llm_engine.model_executor.driver_worker.worker
+    groups = worker.model_runner.attn_groups[0]
+    spec = next(group.kv_cache_spec for group in groups if group.backend is MemoryBackend)
+    assert select_common_block_size(128, [UpTo64], [None]) == 64
+    with pytest.raises(ValueError, match="DELTAMEM"):
+        select_common_block_size(
+            128, [UpTo64, MemoryBackend], [None, spec.copy_with_new_block_size(128)]
+        )

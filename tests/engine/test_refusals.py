@@ -186,6 +186,10 @@ DRAFTS = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max
     [
         ({"prefix_match_unit": 16}, "--prefix-match-unit"),
         (
+            {"compilation_config": {"splitting_ops": ["vllm::unified_attention_with_output"]}},
+            "splitting_ops without 'deltamem::memory_step'",
+        ),
+        (
             {"decode_context_parallel_size": 2, "tensor_parallel_size": 2},
             "--decode-context-parallel-size",
         ),
