@@ -239,6 +239,7 @@ def refuse_unsupported(vllm_config: VllmConfig, adapter: Adapter) -> None:
         "changes of weights while serving (--weight-transfer-config)": (
             vllm_config.weight_transfer_config is not None
         ),
+        "pooling (--runner pooling)": model.runner_type != "generate",
         "micro-batches (--enable-dbo, --ubatch-size)": parallel.use_ubatching,
         f"splitting_ops without {MEMORY_STEP_OP!r} (in --compilation-config)": (
             bool(splits) and MEMORY_STEP_OP not in splits

@@ -197,6 +197,7 @@ DRAFTS = {"method": "ngram_gpu", "num_speculative_tokens": 2, "prompt_lookup_max
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size"),
         ({"ubatch_size": 2}, "--ubatch-size"),
+        ({"runner": "pooling"}, "--runner pooling"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "--weight-transfer-config"),
         ({"load_format": "sharded_state"}, "--load-format sharded_state"),
         ({"speculative_config": DRAFTS}, "'ngram_gpu'"),
