@@ -16,7 +16,7 @@ from tests.helpers import DATA, VOCAB, full_logprobs, running
 from tests.sessions.servers import RedisProcess
 
 TOKEN_WISE = ["qwen3_tsw", "qwen3_msw4", "qwen3_qkvo_uncoupled", "qwen3_scaled", "smollm3_tsw"]
-SPAN_WISE = ["qwen3_ssw_message"]
+SPAN_WISE = ["qwen3_ssw_message", "qwen3_ssw_sentence", "smollm3_ssw_message"]
 LOGPROB_TOLERANCE = 1e-4
 STATE_TOLERANCE = 1e-5
 
