@@ -33,6 +33,7 @@ MEMORY_PATHS: Final = ("/v1/chat/completions", "/v1/completions")
 OUR_PREFIX: Final = "/v1/memory/"
 
 CALL_PATH: Final = "/collective_rpc"
+CHECKER_PATH: Final = "/weight_checker"
 SLEEP_PATH: Final = "/sleep"
 """Routes of vLLM's development mode that could change weights."""
 
@@ -89,7 +90,7 @@ class Gatekeeper:
         is_ours = path.startswith(OUR_PREFIX)
         limit = _limit(scope) if is_ours else None
         has_json = "json" in Headers(scope=scope).get("content-type", "").lower()
-        has_json = has_json or path == CALL_PATH
+        has_json = has_json or path in (CALL_PATH, CHECKER_PATH)
         if not (is_ours or has_json or path == SLEEP_PATH):
             await self._app(scope, receive, send)
             return
@@ -97,7 +98,7 @@ class Gatekeeper:
             if path == SLEEP_PATH:
                 refuse_sleep(QueryParams(scope["query_string"]).get("level"))
             messages = await _read(scope, receive, limit)
-            if path == CALL_PATH:
+            if path in (CALL_PATH, CHECKER_PATH):
                 _check_call(b"".join(message.get("body", b"") for message in messages))
             elif not is_ours:
                 _check(b"".join(message.get("body", b"") for message in messages), path)
@@ -161,7 +162,7 @@ def _check_call(body: bytes) -> None:
     except (ValueError, RecursionError):
         return
     if isinstance(asked, dict):
-        refuse_reload(asked.get("method"))
+        refuse_reload("reset_weights" if asked.get("action") == "reset" else asked.get("method"))
 
 
 def _check(body: bytes, path: str) -> None:

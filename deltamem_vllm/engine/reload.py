@@ -10,13 +10,18 @@ from deltamem_vllm.errors import MemoryRequestError
 
 RELOADS: Final = (
     "reload_weights",
+    "reset_weights",
+    "load_model",
+    "update_config",
+    "sleep",
+    "discard",
     "init_weight_transfer_engine",
     "start_weight_update",
     "start_draft_weight_update",
     "update_weights",
     "finish_weight_update",
 )
-"""Methods of vLLM's workers."""
+"""Methods of vLLM's workers. To sleep is a call of the engine's, which says how deep."""
 
 RELOAD_PROBLEM: Final = (
     "the weights of a model with memory cannot be changed while it is served: its sessions belong "
@@ -24,8 +29,9 @@ RELOAD_PROBLEM: Final = (
     "go on there, and `deltamem sessions rebuild` writes them anew for others."
 )
 
-DISCARDING_LEVEL: Final = 2
-"""Of vLLM's sleep mode: weights are thrown away, and to be loaded again."""
+KEEPING_LEVELS: Final = (None, "0", "1")
+"""Of vLLM's sleep mode, as text: those under which weights are kept. None is vLLM's own choice, 1.
+Level 2 throws them away, to be loaded again, and its number can be written in many ways."""
 
 
 def refuse_reload(method: Any) -> None:
@@ -44,8 +50,11 @@ def refuse_reload(method: Any) -> None:
 def refuse_sleep(level: Any) -> None:
     """Refuse to sleep so deep that weights must be loaded again.
 
+    Args:
+        level: a number or its text; None where a request names none.
+
     Raises:
         MemoryRequestError: says which level is served.
     """
-    if str(level) == str(DISCARDING_LEVEL):
+    if (level if level is None else str(level)) not in KEEPING_LEVELS:
         raise MemoryRequestError(f"sleep level {level}: {RELOAD_PROBLEM} Level 1 keeps them.")

@@ -64,8 +64,17 @@ def test_calls_that_change_weights_are_refused(method: str) -> None:
     assert "sessions belong to the weights" in answer.json()["error"]["message"]
 
 
+def test_weights_are_checked_but_not_reset() -> None:
+    answer = post("/weight_checker", b'{"action": "reset"}')
+    assert answer.status_code == 400
+    assert "sessions belong to the weights" in answer.json()["error"]["message"]
+    body = b'{"action": "checksum"}'
+    assert post("/weight_checker", body).content == body
+
+
 def test_only_a_sleep_that_throws_weights_away_is_refused() -> None:
-    assert post("/sleep?level=2", b"").status_code == 400
+    for level in ("2", "02", "2.0", "%202"):
+        assert post(f"/sleep?level={level}", b"").status_code == 400
     for path in ("/sleep?level=1", "/sleep"):
         assert post(path, b"").status_code == 200
     other = json.dumps({"method": "take_correction_norms"}).encode()
