@@ -1,10 +1,10 @@
 """Runs one engine in a process of its own: `python -m tests.engine.engine_run SPEC.json OUT`.
 
-SPEC holds `llm` (arguments of `MemoryLLM`), `prompts` (lists of token ids) and `max_tokens`. OUT
-becomes a safetensors file with, per prompt i, `tokens.i`, `logprobs.i` [n, vocab] and
-`state.i.<layer>`, and with `norms_before` and `norms` [workers, 2], what probes added up until the
-first prompt, and since then. Engines that span processes or compile are started this way, so that
-they share nothing with the test's process.
+SPEC holds `llm` (arguments of `MemoryLLM`), `prompts` (lists of token ids), `spans` (of each, or
+null) and `max_tokens`. OUT becomes a safetensors file with, per prompt i, `tokens.i`,
+`logprobs.i` [n, vocab] and `state.i.<layer>`, and with `norms_before` and `norms` [workers, 2],
+what probes added up until the first prompt, and since then. Engines that span processes or compile
+are started this way, so that they share nothing with the test's process.
 """
 
 import json
@@ -34,7 +34,9 @@ def main(spec_path: str, out_path: str) -> None:
     outputs = llm.generate(
         [TokensPrompt(prompt_token_ids=tokens) for tokens in prompts],
         sampling,
-        memory=[Memory(session=str(index)) for index in range(len(prompts))],
+        memory=[
+            Memory(session=str(index), spans=spans) for index, spans in enumerate(spec["spans"])
+        ],
         use_tqdm=False,
     )
     tensors["norms"] = torch.tensor(llm.collective_rpc("take_correction_norms"))
