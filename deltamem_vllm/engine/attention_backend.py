@@ -19,14 +19,14 @@ from deltamem_vllm.engine.compat import (
     MultipleOf,
     VllmConfig,
 )
-from deltamem_vllm.ops import Batch, runs_in_graphs
+from deltamem_vllm.ops import Batch, BoundBatch, bind_batch, runs_in_graphs
 
 
 @dataclass
 class MemoryMetadata(AttentionMetadata):
     """What one step needs to find every request's state pages."""
 
-    batch: Batch
+    bound: BoundBatch
 
 
 class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
@@ -66,11 +66,13 @@ class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
         fast_build: bool = False,
     ) -> MemoryMetadata:
         return MemoryMetadata(
-            Batch(
-                block_table=common_attn_metadata.block_table_tensor,
-                query_start_loc=common_attn_metadata.query_start_loc,
-                seq_lens=common_attn_metadata.seq_lens,
-                max_query_len=common_attn_metadata.max_query_len,
+            bind_batch(
+                Batch(
+                    block_table=common_attn_metadata.block_table_tensor,
+                    query_start_loc=common_attn_metadata.query_start_loc,
+                    seq_lens=common_attn_metadata.seq_lens,
+                    max_query_len=common_attn_metadata.max_query_len,
+                )
             )
         )
 

@@ -39,7 +39,7 @@ from deltamem_vllm.engine.names import CONNECTOR_NAME
 from deltamem_vllm.engine.probe import CorrectionProbe, probed_head, probed_layer
 from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
 from deltamem_vllm.errors import EngineConfigError
-from deltamem_vllm.ops import StatePages, memory_step, warm_up
+from deltamem_vllm.ops import BoundStep, StatePages, bind_step, warm_up
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -74,6 +74,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.max_kv_share = memory_settings(vllm_config.model_config.hf_config).max_kv_share
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
+        self.step: BoundStep | None = None
         self.loaded = False
         self._made_up = vllm_config.load_config.load_format == "dummy"
         # Known when vLLM has chosen the block size.
@@ -161,13 +162,17 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             dtype=torch.float32,
             device=projections.device,
         )
-        torch.ops.deltamem.memory_step(projections, reads, self.layer_name)
+        if projections.device.type == "cpu" and not torch.compiler.is_compiling():
+            # As vLLM's attention does there: the way through the dispatcher is longer than the op.
+            _memory_step(projections, reads, self.layer_name)
+        else:
+            torch.ops.deltamem.memory_step(projections, reads, self.layer_name)
         return reads
 
     def correct_qkv(
         self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add s * D read to the fresh projections, before any q/k norm and before RoPE.
+        """Add s * D read to the fresh projections, in place, before any q/k norm and before RoPE.
 
         Args:
             q, k, v: [T, q_size], [T, kv_size], [T, kv_size].
@@ -180,7 +185,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         )
 
     def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
-        """Add s * Do read, normalised if the adapter says so, to o_proj's output [T, hidden].
+        """Add s * Do read, normalised if the adapter says so, to o_proj's output [T, hidden], in
+        place.
 
         Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
         """
@@ -189,20 +195,21 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
     def _corrected(
         self, head: DeltaHead, base: Tensor, delta: Tensor | None, reads: Tensor
     ) -> Tensor:
-        """base [T, n] + the correction that reads [T, H * r] make; `base` itself without a head."""
+        """base [T, n], in place, + the correction that reads [T, H * r] make."""
         if delta is None:
             return base
-        correction = nn.functional.linear(reads, delta).to(base.dtype)
-        if head == "o" and self.output_norm is not None:
-            correction = nn.functional.rms_norm(
-                correction.float(),
-                (correction.shape[-1],),
-                self.output_norm,
-                self.config.delta_o_rmsnorm_eps,
-            ).to(base.dtype)
-        if self.probe is not None and self.probe.head == head:
+        norm = self.output_norm if head == "o" else None
+        is_probed = self.probe is not None and self.probe.head == head
+        if norm is None and not is_probed and base.dtype == reads.dtype:
+            return base.addmm_(reads, delta.t())
+        correction = nn.functional.linear(reads, delta)
+        if norm is not None:
+            size, eps = (correction.shape[-1],), self.config.delta_o_rmsnorm_eps
+            correction = nn.functional.rms_norm(correction, size, norm, eps)
+        if is_probed:
+            assert self.probe is not None
             self.probe(base, correction, reads)
-        return base + correction
+        return base.add_(correction.to(base.dtype))
 
     # KV cache
 
@@ -277,6 +284,13 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         pages = kv_cache.flatten(1).view(torch.uint8)
         self.kv_cache = kv_cache
         self.pages = self.layout.views(pages)
+        self.step = bind_step(
+            self.rule,
+            self.gate_bias,
+            self.pages,
+            block_size=self.block_size,
+            pages_are_initialised=self.pages_are_initialised,
+        )
 
     def state_at(self, block: int, num_tokens: int) -> Tensor:
         """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""
@@ -309,17 +323,8 @@ def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:
         return
     step: MemoryMetadata = metadata[layer_name]
     layer: MemoryLayer = context.no_compile_layers[layer_name]
-    assert layer.pages is not None
-    memory_step(
-        layer.rule,
-        projections,
-        layer.gate_bias,
-        layer.pages,
-        step.batch,
-        block_size=layer.block_size,
-        pages_are_initialised=layer.pages_are_initialised,
-        out=reads,
-    )
+    assert layer.step is not None
+    layer.step(projections, step.bound, reads)
 
 
 def _memory_step_fake(projections: Tensor, reads: Tensor, layer_name: str) -> None:

@@ -27,6 +27,7 @@ from deltamem_vllm.ops.rule import (
     WRITE_FROM,
     WRITE_UNTIL,
     Batch,
+    BoundBatch,
     DeltaRule,
     SpanPages,
     StatePages,
@@ -43,9 +44,13 @@ __all__ = [
     "WRITE_FROM",
     "WRITE_UNTIL",
     "Batch",
+    "BoundBatch",
+    "BoundStep",
     "DeltaRule",
     "SpanPages",
     "StatePages",
+    "bind_batch",
+    "bind_step",
     "delta_rule_scan",
     "memory_step",
     "runs_in_graphs",
@@ -130,6 +135,73 @@ def memory_step(
     return reads
 
 
+class BoundStep(Protocol):
+    """`memory_step` of one layer, its bias and pages checked and where they stay."""
+
+    def __call__(self, projections: Tensor, bound: BoundBatch, reads: Tensor) -> None:
+        """One step of all requests.
+
+        Args:
+            projections: [T, P] fp32, rows contiguous.
+            bound: see `bind_batch`.
+            reads: [T, H * r] fp32, contiguous; overwritten.
+        """
+
+
+def bind_step(
+    rule: DeltaRule,
+    gate_bias: Tensor,
+    pages: StatePages,
+    *,
+    block_size: int,
+    pages_are_initialised: bool,
+) -> BoundStep:
+    """`memory_step` without what is the same in every step; arguments and errors as there.
+
+    A step of few tokens takes a few microseconds: as long as the checks of its arguments.
+    """
+    _check_layer(rule, gate_bias, pages)
+    if gate_bias.device.type == "cpu":
+        from deltamem_vllm.ops import cpu
+
+        return cpu.LayerStep(
+            rule,
+            gate_bias,
+            pages,
+            block_size=block_size,
+            pages_are_initialised=pages_are_initialised,
+        )
+    implementation = _implementation(gate_bias.device.type)
+
+    def step(projections: Tensor, bound: BoundBatch, reads: Tensor) -> None:
+        implementation(
+            rule,
+            projections,
+            gate_bias,
+            pages,
+            bound.batch,
+            reads,
+            block_size=block_size,
+            pages_are_initialised=pages_are_initialised,
+        )
+
+    return step
+
+
+def bind_batch(batch: Batch) -> BoundBatch:
+    """A step's batch for the steps of `bind_step`.
+
+    Raises:
+        ValueError: a tensor has the wrong shape, dtype or layout.
+    """
+    _check_batch(batch)
+    if batch.seq_lens.device.type == "cpu":
+        from deltamem_vllm.ops import cpu
+
+        return cpu.bind_batch(batch)
+    return BoundBatch(batch)
+
+
 def warm_up(device: torch.device) -> None:
     """Compile what `memory_step` runs on `device`, so that no request waits for a compiler.
 
@@ -173,51 +245,80 @@ def _check(
     batch: Batch,
     reads: Tensor,
 ) -> None:
-    """Refuse what a kernel would take for something else; kernels see addresses and strides only.
+    """Refuse what a kernel, which sees addresses and strides, would take for something else."""
+    tokens = projections.shape[0]
+    _check_layer(rule, gate_bias, pages)
+    _check_batch(batch)
+    _refuse_others(
+        ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
+        ("out", reads, torch.float32, (tokens, rule.read_dim)),
+    )
+    _refuse_unaddressable(rows=(projections,), whole=(reads,))
 
-    This runs for every layer of every step: keep it to a few microseconds.
-    """
+
+def _check_layer(rule: DeltaRule, gate_bias: Tensor, pages: StatePages) -> None:
     header, states, spans = pages
-    tokens, rows = projections.shape[0], batch.seq_lens.shape[0]
     heads, rank, _ = rule.state_shape
     state_size = heads * rank * rank
+    blocks, ring = states.shape[:2]
     words = max(header.shape[-1], WRITE_UNTIL + 1)
-    expected: list[tuple[str, Tensor, torch.dtype, tuple[int, ...]]] = [
-        ("projections", projections, torch.float32, (tokens, rule.projection_dim)),
+    _refuse_others(
         ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),
-        ("pages.header", header, torch.int32, (states.shape[0], words)),
-        ("pages.states", states, torch.float32, (*states.shape[:2], heads, rank, rank)),
-        ("batch.block_table", batch.block_table, torch.int32, (rows, batch.block_table.shape[-1])),
-        ("batch.query_start_loc", batch.query_start_loc, torch.int32, (rows + 1,)),
-        ("batch.seq_lens", batch.seq_lens, torch.int32, (rows,)),
-        ("out", reads, torch.float32, (tokens, rule.read_dim)),
-    ]
+        ("pages.header", header, torch.int32, (blocks, words)),
+        ("pages.states", states, torch.float32, (blocks, ring, heads, rank, rank)),
+    )
     if spans is not None:
-        blocks, ring = states.shape[:2]
-        expected += [
+        _refuse_others(
             ("spans.marks", spans.marks, torch.int32, (blocks, spans.marks.shape[-1])),
             ("spans.frozen", spans.frozen, torch.float32, (blocks, heads, rank, rank)),
             ("spans.sums", spans.sums, torch.float32, (blocks, ring, rule.sums_dim)),
-        ]
+        )
+    _refuse_unaddressable(
+        rows=(header,),
+        whole=(gate_bias,),
+        further=states.stride()[1:] == (state_size, rank * rank, rank, 1)
+        and states.stride(0) >= ring * state_size
+        and (spans is None or {page.stride(0) for page in (header, *spans)} == {states.stride(0)}),
+    )
+
+
+def _check_batch(batch: Batch) -> None:
+    rows = batch.seq_lens.shape[0]
+    table, starts, lengths = batch.block_table, batch.query_start_loc, batch.seq_lens
+    _refuse_others(
+        ("batch.block_table", table, torch.int32, (rows, table.shape[-1])),
+        ("batch.query_start_loc", starts, torch.int32, (rows + 1,)),
+        ("batch.seq_lens", lengths, torch.int32, (rows,)),
+    )
+    _refuse_unaddressable(rows=(table,), whole=(starts, lengths))
+
+
+def _refuse_others(*expected: tuple[str, Tensor, torch.dtype, tuple[int, ...]]) -> None:
     for name, tensor, dtype, shape in expected:
         if tensor.dtype is not dtype or tensor.shape != shape:
             raise ValueError(
                 f"{name}: expected {dtype} {shape}, got {tensor.dtype} {tuple(tensor.shape)}"
             )
-    strided = (projections, header, batch.block_table)
+
+
+def _refuse_unaddressable(
+    *, rows: tuple[Tensor, ...], whole: tuple[Tensor, ...], further: bool = True
+) -> None:
+    """Refuse layouts.
+
+    Args:
+        rows: tensors whose rows may lie apart.
+        whole: tensors that are contiguous.
+        further: what else must hold.
+    """
     addressable = (
-        all(tensor.stride(1) == 1 and tensor.stride(0) >= tensor.shape[1] for tensor in strided)
-        and states.stride()[1:] == (state_size, rank * rank, rank, 1)
-        and states.stride(0) >= states.shape[1] * state_size
-        and gate_bias.is_contiguous()
-        and batch.query_start_loc.is_contiguous()
-        and batch.seq_lens.is_contiguous()
-        and reads.is_contiguous()
-        and (spans is None or {page.stride(0) for page in (header, *spans)} == {states.stride(0)})
+        further
+        and all(one.stride(1) == 1 and one.stride(0) >= one.shape[1] for one in rows)
+        and all(one.is_contiguous() for one in whole)
     )
     if not addressable:
-        layouts = ", ".join(f"{name} {tensor.stride()}" for name, tensor, *_ in expected)
+        strides = ", ".join(str(one.stride()) for one in (*rows, *whole))
         raise ValueError(
             "rows of projections, pages and block table must be contiguous and may lie apart, but "
-            f"not overlap; the other tensors must be contiguous; got strides {layouts}"
+            f"not overlap; the other tensors must be contiguous; got strides {strides}"
         )

@@ -65,6 +65,12 @@ def floats_at(_: Any, address: Any) -> Any:
 
 
 @intrinsic
+def longs_at(_: Any, address: Any) -> Any:
+    """A pointer to int64 from an address."""
+    return _pointer_cast(numba.types.int64)
+
+
+@intrinsic
 def ints_at(_: Any, address: Any) -> Any:
     """A pointer to int32 from an address."""
     return _pointer_cast(numba.types.int32)

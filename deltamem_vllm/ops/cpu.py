@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import carray
 from torch import Tensor
 
-from deltamem_vllm.ops.compiler import bits_as_float, compiled, floats_at, ints_at
+from deltamem_vllm.ops.compiler import bits_as_float, compiled, floats_at, ints_at, longs_at
 from deltamem_vllm.ops.reference import NORM_EPS
 from deltamem_vllm.ops.rule import (
     ENDS_SPAN,
@@ -29,6 +29,7 @@ from deltamem_vllm.ops.rule import (
     WRITE_FROM,
     WRITE_UNTIL,
     Batch,
+    BoundBatch,
     DeltaRule,
     StatePages,
 )
@@ -475,66 +476,162 @@ def _kernel(
     return -1
 
 
-@compiled("int64(" + ", ".join(["int64"] * 25 + ["boolean"] * 3 + ["int64"]) + ")")
+# What stays of a layer, and what a step's layers share, is handed to the kernel as an array of
+# numbers each: addresses, sizes, and strides in elements. These are their places.
+
+(
+    GATE_BIAS,
+    GATE_BIAS_DIM,
+    HEADER,
+    HEADER_WORDS,
+    HEADER_STRIDE,
+    STATES,
+    STATES_STRIDE,
+    NUM_BLOCKS,
+    RING,
+    FROZEN_AT,
+    SUMS_AT,
+    MARKS_AT,
+    HEADS,
+    RANK,
+    BLOCK_SIZE,
+    PAGES_ARE_INITIALISED,
+    NORMALIZE_QK,
+    COUPLE_LAMBDA,
+    MODE,
+) = range(19)
+
+BLOCK_TABLE, TABLE_WIDTH, TABLE_STRIDE, QUERY_START_LOC, SEQ_LENS, NUM_ROWS = range(6)
+
+
+@compiled("int64(" + ", ".join(["int64"] * 6) + ")")
 def _entry(
+    layer_at: int,
+    step_at: int,
     projections: int,
     projections_stride: int,
-    gate_bias: int,
-    header: int,
-    header_words: int,
-    header_stride: int,
-    states: int,
-    states_stride: int,
-    num_blocks: int,
-    ring: int,
-    frozen_at: int,
-    sums_at: int,
-    marks_at: int,
-    block_table: int,
-    table_width: int,
-    table_stride: int,
-    query_start_loc: int,
-    seq_lens: int,
-    num_rows: int,
     reads: int,
     num_tokens: int,
-    heads: int,
-    rank: int,
-    gate_bias_dim: int,
-    block_size: int,
-    pages_are_initialised: bool,
-    normalize_qk: bool,
-    couple_lambda: bool,
-    mode: int,
 ) -> int:
-    """`_kernel` on addresses and strides (in elements).
-
-    A tensor's numpy view costs a microsecond, its address a tenth; a call takes eight tensors. And
-    with plain integers there is one signature to compile, whatever the layouts are.
-    """
+    """`_kernel` on addresses: a tensor's numpy view costs a microsecond, its address a tenth."""
+    layer = carray(longs_at(layer_at), (MODE + 1,))
+    step = carray(longs_at(step_at), (NUM_ROWS + 1,))
+    num_blocks, num_rows = layer[NUM_BLOCKS], step[NUM_ROWS]
     return _kernel(
         carray(floats_at(projections), (num_tokens, projections_stride)),
-        carray(floats_at(gate_bias), (gate_bias_dim,)),
-        carray(ints_at(header), (num_blocks, header_stride)),
-        header_words,
-        carray(floats_at(states), (num_blocks, states_stride)),
-        ring,
-        frozen_at,
-        sums_at,
-        marks_at,
-        heads,
-        rank,
-        carray(ints_at(block_table), (num_rows, table_stride)),
-        table_width,
-        carray(ints_at(query_start_loc), (num_rows + 1,)),
-        carray(ints_at(seq_lens), (num_rows,)),
-        carray(floats_at(reads), (num_tokens, heads * rank)),
-        block_size,
-        pages_are_initialised,
-        normalize_qk,
-        couple_lambda,
-        mode,
+        carray(floats_at(layer[GATE_BIAS]), (layer[GATE_BIAS_DIM],)),
+        carray(ints_at(layer[HEADER]), (num_blocks, layer[HEADER_STRIDE])),
+        layer[HEADER_WORDS],
+        carray(floats_at(layer[STATES]), (num_blocks, layer[STATES_STRIDE])),
+        layer[RING],
+        layer[FROZEN_AT],
+        layer[SUMS_AT],
+        layer[MARKS_AT],
+        layer[HEADS],
+        layer[RANK],
+        carray(ints_at(step[BLOCK_TABLE]), (num_rows, step[TABLE_STRIDE])),
+        step[TABLE_WIDTH],
+        carray(ints_at(step[QUERY_START_LOC]), (num_rows + 1,)),
+        carray(ints_at(step[SEQ_LENS]), (num_rows,)),
+        carray(floats_at(reads), (num_tokens, layer[HEADS] * layer[RANK])),
+        layer[BLOCK_SIZE],
+        layer[PAGES_ARE_INITIALISED] != 0,
+        layer[NORMALIZE_QK] != 0,
+        layer[COUPLE_LAMBDA] != 0,
+        layer[MODE],
     )
+
+
+def bind_batch(batch: Batch) -> BoundBatch:
+    """A step's batch for `LayerStep`."""
+    numbers = np.array(
+        [
+            batch.block_table.data_ptr(),
+            batch.block_table.shape[1],
+            batch.block_table.stride(0),
+            batch.query_start_loc.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.seq_lens.shape[0],
+        ],
+        np.int64,
+    )
+    return BoundBatch(batch, numbers, numbers.ctypes.data)
+
+
+class LayerStep:
+    """`memory_step` of one layer, whose bias and pages stay where they are.
+
+    Args:
+        rule, gate_bias, pages, block_size, pages_are_initialised: see `memory_step`, whose checks
+            are relied on.
+    """
+
+    def __init__(
+        self,
+        rule: DeltaRule,
+        gate_bias: Tensor,
+        pages: StatePages,
+        *,
+        block_size: int,
+        pages_are_initialised: bool,
+    ) -> None:
+        header, states, spans = pages
+        frozen_at = sums_at = marks_at = -1
+        if spans is not None:
+            frozen_at = (spans.frozen.data_ptr() - states.data_ptr()) // WORD_BYTES
+            sums_at = (spans.sums.data_ptr() - states.data_ptr()) // WORD_BYTES
+            marks_at = (spans.marks.data_ptr() - header.data_ptr()) // WORD_BYTES
+        self._tensors = (gate_bias, pages)
+        self._block_size = block_size
+        self._numbers = np.array(
+            [
+                gate_bias.data_ptr(),
+                rule.gate_bias_dim,
+                header.data_ptr(),
+                header.shape[1],
+                header.stride(0),
+                states.data_ptr(),
+                states.stride(0),
+                states.shape[0],
+                states.shape[1],
+                frozen_at,
+                sums_at,
+                marks_at,
+                rule.num_heads,
+                rule.rank,
+                block_size,
+                pages_are_initialised,
+                rule.normalize_qk,
+                rule.couple_lambda,
+                UPDATE_MODES.index(rule.update_mode),
+            ],
+            np.int64,
+        )
+        self._at: int = self._numbers.ctypes.data
+
+    def __call__(self, projections: Tensor, bound: BoundBatch, reads: Tensor) -> None:
+        """One step of all requests.
+
+        Raises:
+            ValueError: a row of the batch points outside of a tensor. Nothing is written then.
+        """
+        bad_row = _entry(
+            self._at,
+            bound.at,
+            projections.data_ptr(),
+            projections.stride(0),
+            reads.data_ptr(),
+            reads.shape[0],
+        )
+        if bad_row >= 0:
+            batch, pages = bound.batch, self._tensors[1]
+            raise ValueError(
+                f"row {bad_row} of the batch points outside of its tensors: "
+                f"{batch.seq_lens[bad_row]} tokens, queries "
+                f"{batch.query_start_loc[bad_row : bad_row + 2].tolist()} of {len(reads)}, "
+                f"{batch.block_table.shape[1]} blocks of {self._block_size} in its table, pages 0 "
+                f"to {len(pages.states) - 1}"
+            )
 
 
 def memory_step(
@@ -553,48 +650,11 @@ def memory_step(
     Raises:
         ValueError: a row of the batch points outside of a tensor.
     """
-    header, states, spans = pages
-    num_blocks, header_words = header.shape
-    frozen_at = sums_at = marks_at = -1
-    if spans is not None:
-        frozen_at = (spans.frozen.data_ptr() - states.data_ptr()) // WORD_BYTES
-        sums_at = (spans.sums.data_ptr() - states.data_ptr()) // WORD_BYTES
-        marks_at = (spans.marks.data_ptr() - header.data_ptr()) // WORD_BYTES
-    bad_row = _entry(
-        projections.data_ptr(),
-        projections.stride(0),
-        gate_bias.data_ptr(),
-        header.data_ptr(),
-        header_words,
-        header.stride(0),
-        states.data_ptr(),
-        states.stride(0),
-        num_blocks,
-        states.shape[1],
-        frozen_at,
-        sums_at,
-        marks_at,
-        batch.block_table.data_ptr(),
-        batch.block_table.shape[1],
-        batch.block_table.stride(0),
-        batch.query_start_loc.data_ptr(),
-        batch.seq_lens.data_ptr(),
-        batch.seq_lens.shape[0],
-        reads.data_ptr(),
-        reads.shape[0],
-        rule.num_heads,
-        rule.rank,
-        rule.gate_bias_dim,
-        block_size,
-        pages_are_initialised,
-        rule.normalize_qk,
-        rule.couple_lambda,
-        UPDATE_MODES.index(rule.update_mode),
+    step = LayerStep(
+        rule,
+        gate_bias,
+        pages,
+        block_size=block_size,
+        pages_are_initialised=pages_are_initialised,
     )
-    if bad_row >= 0:
-        raise ValueError(
-            f"row {bad_row} of the batch points outside of its tensors: {batch.seq_lens[bad_row]} "
-            f"tokens, queries {batch.query_start_loc[bad_row : bad_row + 2].tolist()} of "
-            f"{len(reads)}, {batch.block_table.shape[1]} blocks of {block_size} in its table, "
-            f"pages 0 to {len(pages.states) - 1}"
-        )
+    step(projections, bind_batch(batch), reads)

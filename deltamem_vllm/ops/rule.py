@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, NamedTuple, get_args
+from typing import Any, Final, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -138,3 +138,15 @@ class Batch(NamedTuple):
     query_start_loc: Tensor  # [R + 1] int32: row i has tokens [start[i], start[i + 1])
     seq_lens: Tensor  # [R] int32, tokens after this step (context + query); 0 marks a padded row
     max_query_len: int | None = None  # no row has more tokens in this step; None: not known
+
+
+@dataclass(frozen=True)
+class BoundBatch:
+    """A batch, checked, for all layers of a step; its tensors must stay where they are."""
+
+    batch: Batch
+    numbers: Any = None
+    """The same as a kernel takes it, if it takes it otherwise."""
+
+    at: int = 0
+    """Where `numbers` are."""

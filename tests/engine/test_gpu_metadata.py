@@ -106,11 +106,11 @@ def test_a_captured_step_replays_on_later_requests_of_the_same_tensors(each: int
     """Rows beyond the requests touch no page; the metadata of the capture is that of the replay."""
     rule, layout = DeltaRule(4), PageLayout((1, 4, 4), each + 1)
     buffers = Buffers()
-    captured = buffers.build(MAX_ROWS, each, capture=True).batch
+    captured = buffers.build(MAX_ROWS, each, capture=True).bound.batch
     assert captured.max_query_len == each
     for contexts, tables in (([40, 3], [[1, 2], [3]]), ([5, 65, 32], [[4], [5, 6, 7], [8, 9]])):
         buffers.fill(contexts, tables, each)
-        built = buffers.build(MAX_ROWS, each).batch
+        built = buffers.build(MAX_ROWS, each).bound.batch
         assert addresses(built) == addresses(captured)
         assert {tensor.dtype for tensor in built[:3]} == {torch.int32}
         raw = torch.randn(12, layout.page_words)
@@ -127,7 +127,7 @@ def test_a_captured_step_replays_on_later_requests_of_the_same_tensors(each: int
         fed = len(contexts) * each
         assert not reads[fed:].any()
         alone = before.clone()
-        exact = buffers.build(len(contexts), each).batch
+        exact = buffers.build(len(contexts), each).bound.batch
         expected = memory_step(rule, projections[:fed], bias, layout.views(alone), exact, **options)
         assert torch.equal(reads[:fed], expected)
         assert torch.equal(raw, alone)
