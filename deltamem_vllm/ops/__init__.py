@@ -4,11 +4,12 @@
 with cumulative lengths go in, reads come out, and state pages are updated in place.
 
 `reference.py` is the definition and the fallback for devices without a kernel; `cpu.py` is the fast
-form for CPUs.
+form for CPUs, `triton.py` the one for GPUs.
 """
 
 import functools
 import logging
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -47,6 +48,7 @@ __all__ = [
     "StatePages",
     "delta_rule_scan",
     "memory_step",
+    "runs_in_graphs",
     "warm_up",
 ]
 
@@ -111,7 +113,7 @@ def memory_step(
 
     Raises:
         ValueError: a tensor has the wrong shape, dtype or layout; or, on CPUs, a row of the batch
-            points outside of a tensor. Nothing is written then.
+            points outside of a tensor. Nothing is written then. On GPUs such a row is skipped.
     """
     reads = projections.new_empty(projections.shape[0], rule.read_dim) if out is None else out
     _check(rule, projections, gate_bias, pages, batch, reads)
@@ -132,18 +134,28 @@ def warm_up(device: torch.device) -> None:
     """Compile what `memory_step` runs on `device`, so that no request waits for a compiler.
 
     The first time on a machine this takes some 20 seconds on CPUs; later the kernel comes from
-    numba's cache on disk.
+    numba's cache on disk. On GPUs the engine's own warm-up runs compile.
     """
     _implementation(device.type)
 
 
+def runs_in_graphs(device: torch.device) -> bool:
+    """Whether `memory_step` on `device` can be captured in a CUDA graph, and replayed with other
+    lengths in the same tensors; each row with as many tokens as `Batch.max_query_len` said."""
+    return device.type == "cuda" and find_spec("triton") is not None
+
+
 @functools.cache
 def _implementation(device_type: str) -> _Implementation:
+    # Imported late: a frontend that only wants shapes should not pay for loading compilers.
     if device_type == "cpu":
-        # Imported late: a frontend that only wants shapes should not pay for loading numba.
         from deltamem_vllm.ops import cpu
 
         return cpu.memory_step
+    if device_type == "cuda" and find_spec("triton") is not None:
+        from deltamem_vllm.ops import triton
+
+        return triton.memory_step
     from deltamem_vllm.ops import reference
 
     logger.warning(

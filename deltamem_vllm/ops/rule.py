@@ -137,3 +137,4 @@ class Batch(NamedTuple):
     block_table: Tensor  # [R, max_blocks] int32, any row stride
     query_start_loc: Tensor  # [R + 1] int32: row i has tokens [start[i], start[i + 1])
     seq_lens: Tensor  # [R] int32, tokens after this step (context + query); 0 marks a padded row
+    max_query_len: int | None = None  # no row has more tokens in this step; None: not known
