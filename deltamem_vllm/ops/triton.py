@@ -144,7 +144,7 @@ def launches(
 
     programs = rows + -(-tokens // ZEROED_TOKENS.value)
     longest = tokens if batch.max_query_len is None else batch.max_query_len
-    if spans is not None or size > LARGEST_MAPPED or longest <= chunk:
+    if spans is not None or size > LARGEST_MAPPED or longest <= chunk or rows == 0:
         # A page's spans are shared by all heads: one program runs them all.
         tile = padded(rule.read_dim) if spans is not None else min(size, SCAN_TILE // size)
         tiles = 1 if spans is not None else heads * -(-rule.rank // tile)
