@@ -26,8 +26,8 @@ from deltamem_vllm.ops.triton_rule import ZEROED_TOKENS
 from deltamem_vllm.ops.triton_scan import scan_kernel
 
 CHUNK: Final = 64
-"""Tokens of a chunk. A prefill of T tokens takes about 2 CHUNK + T / CHUNK steps, each as long as a
-trip to memory, so the best is near the root of T / 2: 64 for 8k tokens."""
+"""Tokens of a chunk. A prefill of T tokens takes 2 CHUNK + T / CHUNK steps one after the other, all
+of about a length, so the best is near the root of T / 2: 64 for 8k tokens."""
 
 LARGEST_MAPPED: Final = 16
 """The largest rank whose chunks are run in parallel: maps have r^3 numbers per chunk and head."""

@@ -49,6 +49,12 @@ HEADER = tl.constexpr(2)
 """Where the header's words begin in a row's plan."""
 
 SKIPPED = tl.constexpr(-2)
+STAGES = tl.constexpr(4)
+"""Tokens whose projections are on their way at once: a trip to memory takes longer than a token."""
+
+CARRY_STAGES = tl.constexpr(3)
+"""Maps on their way at once."""
+
 READ_FROM = tl.constexpr(HEADER.value + _READ_FROM)
 WRITE_FROM = tl.constexpr(HEADER.value + _WRITE_FROM)
 WRITE_UNTIL = tl.constexpr(HEADER.value + _WRITE_UNTIL)
@@ -230,7 +236,7 @@ def maps_kernel(
     unit = tl.where(m[:, None] == c[None, :], 1.0, 0.0)
     map_ = tl.zeros((A, C, C), tl.float32) + unit[None, :, :]
     offset = tl.zeros((C, C), tl.float32)
-    for index in range(0, CHUNK):
+    for index in tl.range(0, CHUNK, num_stages=STAGES):
         source = projections + (start.to(tl.int64) + index) * projections_stride
         key = tl.load(source + WIDTH + head * RANK + c[None, :], c[None, :] < RANK, other=0.0)
         key = direction(key, NORMALIZE)[:, None, :]
@@ -321,17 +327,18 @@ def carry_kernel(
         # The last chunk of a row has no map.
         full = tl.minimum(goal // CHUNK, (stop - start - 1) // CHUNK)
         base = start // CHUNK + node
-        for chunk in range(0, full):
+        for chunk in tl.range(0, full, num_stages=CARRY_STAGES):
             place = (base + chunk).to(tl.int64) * HEADS + head
             here = place * (RANK * RANK) + in_state
             if node == row:
                 tl.store(starts + here, state, inside)
-            if writes_any(before + chunk * CHUNK, CHUNK, plan):
-                map_ = tl.load(
-                    maps + place * (MAPS * RANK * RANK) + in_maps, maps_inside, other=0.0
-                )
-                state = tl.sum(state[:, :, None] * map_, axis=1)
-                state += tl.load(offsets + here, inside, other=0.0)
+            # Masked, not skipped: loads inside of a condition would not be fetched ahead.
+            writes = writes_any(before + chunk * CHUNK, CHUNK, plan)
+            in_map = maps + place * (MAPS * RANK * RANK) + in_maps
+            map_ = tl.load(in_map, only_if(maps_inside, writes), other=0.0)
+            offset = tl.load(offsets + here, only_if(inside, writes), other=0.0)
+            mapped = tl.sum(state[:, :, None] * map_, axis=1) + offset
+            state = tl.where(writes, mapped, state)
         done = full * CHUNK
         if node == row:
             place = (base + full).to(tl.int64) * HEADS + head
@@ -396,7 +403,7 @@ def reads_kernel(
     in_state = head * (RANK * RANK) + i[:, None] * RANK + c
     state = tl.load(starts + slot.to(tl.int64) * (WIDTH * RANK) + in_state, inside, other=0.0)
     after = position + count + behind
-    for index in range(0, count):
+    for index in tl.range(0, count, num_stages=STAGES):
         token, at = start.to(tl.int64) + index, position + index
         source = projections + token * projections_stride
         query = tl.load(source + head * RANK + c, c < RANK, other=0.0)

@@ -49,13 +49,15 @@ def interpreted_runs():
         run.kill()
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_kernels_are_the_formula_in_the_interpreter(interpreted_runs, half: int) -> None:
+@pytest.mark.parametrize(("half", "tests"), [(0, 10), (1, 60)])
+def test_kernels_are_the_formula_in_the_interpreter(
+    interpreted_runs, half: int, tests: int
+) -> None:
     run = interpreted_runs[half]
     output, _ = run.communicate(timeout=600)
     assert run.returncode == 0, output[-8000:]
     passed = re.search(r"(\d+) passed", output)
-    assert passed is not None and int(passed[1]) >= 15, output[-2000:]
+    assert passed is not None and int(passed[1]) >= tests, output[-2000:]
 
 
 # Compiled for a GPU that is not there
