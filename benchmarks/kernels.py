@@ -48,6 +48,7 @@ from benchmarks.common import (
     progress,
     write_json,
 )
+from benchmarks.log_plot import log_plot
 from benchmarks.ops import BLOCK_SIZE, CONTEXT, Inputs, Job, make_inputs
 from deltamem_vllm.ops import Batch, DeltaRule, StatePages, memory_step, reference, warm_up
 from deltamem_vllm.state.page import PageLayout
@@ -151,6 +152,9 @@ def definition(rule: DeltaRule, inputs: Inputs) -> Callable[[], object]:
 def error_of(rule: DeltaRule, job: Job, device: torch.device) -> float:
     """Largest difference of reads and states to the definition on the CPU."""
     ours, theirs = (inputs_of(rule, job, where) for where in (device, torch.device("cpu")))
+    states = torch.randn(theirs.pages.states.shape, generator=torch.Generator().manual_seed(1))
+    for inputs in (ours, theirs):
+        inputs.pages.states.copy_(0.3 * states)
     step(rule, ours)()
     definition(rule, theirs)()
     pairs = ((ours.reads, theirs.reads), (ours.pages.states, theirs.pages.states))
@@ -397,6 +401,21 @@ def show(summary: dict[str, float], jobs: list[Job], models: tuple[int, ...], ti
     console.print(table)
 
 
+def plot(summary: dict[str, float], jobs: list[Job]) -> str:
+    """An SVG of steps and floors over tokens, by kind and number of state heads."""
+    lines = {
+        f"{kind} {what}, {heads} states": [
+            (job.size, summary[job.key(f"{what}_us")])
+            for job in jobs
+            if (job.kind, job.heads) == (kind, heads)
+        ]
+        for kind in ("decode", "prefill")
+        for heads in sorted({job.heads for job in jobs})
+        for what in ("step", "floor")
+    }
+    return log_plot(lines, "tokens of a step", "microseconds per layer")
+
+
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -407,6 +426,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--model", type=int_list, default=(1, 8, 32, 128), help="batches")
     options.add_argument("--layers", type=int, help="default 36, on a CPU 2")
     options.add_argument("--context", type=int, default=1024, help="cached tokens, default 1024")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="write an SVG to FILE")
     options.add_argument("--rounds", type=int, help="default 50, with --quick 7")
     given = options.parse_args()
     if given.quick:
@@ -447,6 +467,9 @@ def main() -> None:
     show(summary, jobs, given.model, f"Memory step per layer, rank {rank}, on {name}")
     if given.json:
         write_json(given.json, described, samples, summary)
+    if given.plot:
+        given.plot.write_text(plot(summary, jobs), encoding="utf-8")
+        progress.print(f"wrote {given.plot}")
 
 
 if __name__ == "__main__":

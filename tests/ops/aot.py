@@ -49,23 +49,37 @@ def launches(case: Case, chunk: int = ours.CHUNK, max_query_len: int | None = No
     )
 
 
-def compiled(launch: ours.Launch, target: GPUTarget = HOPPER):
-    """A launch's kernel for its arguments and constants."""
-    signature = {}
-    for name in launch.kernel.arg_names:
+def compiled(launch: ours.Launch, target: GPUTarget = HOPPER, aligned: bool = True):
+    """A launch's kernel for its arguments and constants.
+
+    Args:
+        launch: what would be launched.
+        target: the GPU.
+        aligned: all tensors begin, and their rows lie apart, at multiples of 16, as an engine's
+            do; Triton then vectorises loads and stores.
+    """
+    signature, attributes = {}, {}
+    for parameter in launch.kernel.params:
+        name = parameter.name
         if name in launch.constants:
             signature[name] = "constexpr"
-        elif isinstance(value := launch.arguments[name], torch.Tensor):
-            signature[name] = POINTERS[value.dtype]
-        else:
-            signature[name] = "i32"
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=dict(launch.constants))
+            continue
+        value = launch.arguments[name]
+        signature[name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
+        if aligned and not parameter.do_not_specialize:
+            attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=signature,
+        constexprs=dict(launch.constants),
+        attrs=attributes,
+    )
     return triton.compile(source, target=target, options={"num_warps": launch.warps})
 
 
-def usage(launch: ours.Launch) -> Usage:
-    """What ptxas made of a launch's kernel."""
-    program = compiled(launch)
+def usage(launch: ours.Launch, aligned: bool = True) -> Usage:
+    """What ptxas made of a launch's kernel; see `compiled`."""
+    program = compiled(launch, aligned=aligned)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(program.asm["cubin"])

@@ -88,9 +88,10 @@ def test_every_launch_compiles_for_a_hopper_and_stays_in_registers(
     rule: DeltaRule, query: int
 ) -> None:
     for launch in step(rule, query):
-        used = usage(launch)
-        assert used.spilled == 0, used
-        assert used.registers <= 168, used
+        for aligned in (True, False):
+            used = usage(launch, aligned)
+            assert used.spilled == 0, used
+            assert used.registers <= 168, used
 
 
 @pytest.mark.parametrize(
