@@ -204,6 +204,12 @@ def test_a_tree_of_hits_runs_in_the_order_of_the_sequence(chunk: int, initialise
     assert run(case, chunk).reads[case.tokens(3)].abs().max() > 0
 
 
+@pytest.mark.parametrize("chunk", [2, 4, 8])
+def test_a_hit_may_be_at_the_end_of_all_tokens_of_a_step(chunk: int) -> None:
+    rows = [Request(16, 5, hits=1), Request(8, 8, hits=2), Request(0, 8, 1, 3)]
+    assert_step_is_right(Case(DeltaRule(4), rows, block_size=8, initialised=True), chunk)
+
+
 def test_decodes_may_hit_a_block_that_another_decode_completes() -> None:
     rows = [Request(8, 1, hits=2), Request(8, 1), Request(7, 1), Request(8, 1, hits=2)]
     case = Case(DeltaRule(8), rows, block_size=8, ring=1)
