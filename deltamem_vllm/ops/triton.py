@@ -5,8 +5,8 @@ A step takes one launch of `triton_scan.py` (decode, spans, large ranks), or the
 on its values: grids follow from shapes and `Batch.max_query_len`, so that a step can be captured in
 a CUDA graph. Scratch comes from torch's allocator, in sizes that follow from shapes too.
 
-A row that points outside of its tensors is skipped and reads 0. So is one that hit its blocks, but in
-the one launch of `triton_scan.py` such a row's reads are left as they were.
+A row that points outside of its tensors is skipped and reads 0. So is one that hit its blocks, but
+in the one launch of `triton_scan.py` such a row's reads are left as they were.
 """
 
 from collections.abc import Iterator, Mapping
