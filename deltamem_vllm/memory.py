@@ -1,6 +1,6 @@
 """`Memory`: what a request says about its memory."""
 
-from itertools import pairwise
+from numbers import Integral
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -13,17 +13,28 @@ MAX_TURN_NAME: Final = 200
 
 
 def _as_tuples(spans: Any) -> Any:
-    """JSON has lists only."""
+    """JSON has lists only, and numpy numbers of its own."""
+    if spans is None:
+        return None
     if not isinstance(spans, list | tuple):
-        return spans
-    return tuple(tuple(span) if isinstance(span, list) else span for span in spans)
+        raise ValueError(f"expected a list of [start, end] ranges, got {spans!r:.80}")
+    for span in spans:
+        if not (isinstance(span, list | tuple) and len(span) == 2) or not all(
+            isinstance(edge, Integral) and not isinstance(edge, bool) for edge in span
+        ):
+            raise ValueError(f"expected a list of [start, end] ranges, got {span!r:.80} in it")
+    return tuple((int(start), int(end)) for start, end in spans)
 
 
 def _in_order(spans: tuple[tuple[int, int], ...] | None) -> tuple[tuple[int, int], ...] | None:
-    edges = [0, *(edge for span in spans or () for edge in span)]
-    are_ordered = all(first <= second for first, second in pairwise(edges))
-    if not are_ordered or any(start == end for start, end in spans or ()):
-        raise ValueError("spans are [start, end) ranges that are in order, not empty, and apart")
+    before = 0
+    for start, end in spans or ():
+        if not before <= start < end:
+            raise ValueError(
+                "spans are [start, end) ranges that are in order, not empty, and apart, which "
+                f"[{start}, {end}] is not"
+            )
+        before = end
     return spans
 
 
@@ -123,7 +134,7 @@ class Memory(BaseModel):
                 )
             given = {name for name in self.model_fields_set if getattr(self, name) is not None}
             if further := sorted(given - {"mode", "spans"}):
-                return f"{', '.join(further)} belong to a session, and none is named."
+                return f"{', '.join(further)}: only with a session, and none is named."
         if self.mode == "read_only":
             for name in ("turn", "ttl", "spans"):
                 if getattr(self, name) is not None:

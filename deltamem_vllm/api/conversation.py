@@ -6,9 +6,11 @@ Completions and chats without a window take the prompt as it is. With a window t
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from vllm.logger import init_logger
 
@@ -26,6 +28,8 @@ from deltamem_vllm.sessions import SessionKey, SessionRecord
 
 logger = init_logger(f"vllm.{__name__}")
 
+Found = TypeVar("Found")
+
 NO_CONTINUATION: Final = (
     "continue_final_message with read_write memory and an adapter that writes by messages or "
     "sentences: the reply would be part of one. Leave it out."
@@ -35,6 +39,9 @@ NO_PLAIN_SPANS: Final = (
     "delta-mem: a chat without a session is written token by token, although the adapter writes "
     "by messages or sentences, because theirs cannot be told: %s"
 )
+
+FINDERS: Final = 2
+"""Chats whose spans are looked for at the same time."""
 
 TEMPLATES_KNOWN: Final = 64
 """Templates, with their arguments, of which the end of a turn is remembered."""
@@ -92,15 +99,23 @@ class Conversations:
     Args:
         renderer: messages as tokens.
         secret: keys the hashes of messages, see `tenant_key`.
+        max_model_len: tokens of a prompt, at the most.
         granularity: what the adapter writes at once.
     """
 
     def __init__(
-        self, renderer: ChatRenderer, secret: bytes, granularity: WriteGranularity = "token"
+        self,
+        renderer: ChatRenderer,
+        secret: bytes,
+        max_model_len: int,
+        granularity: WriteGranularity = "token",
     ) -> None:
         self._renderer = renderer
         self._granularity = granularity
+        self._max_model_len = max_model_len
         self._secret = secret
+        # Finding spans may take seconds; the other threads are everybody's.
+        self._finding = ThreadPoolExecutor(FINDERS, thread_name_prefix="deltamem-spans")
         self._terminators: dict[str, tuple[int, ...]] = {}
 
     async def plan_writing(
@@ -172,7 +187,8 @@ class Conversations:
             return await self._spans(request, body["messages"])
         # A template refuses conversations that it was not made for each in its own way.
         except Exception as error:
-            logger.warning_once(NO_PLAIN_SPANS, error)
+            logger.warning_once(NO_PLAIN_SPANS, type(error).__name__)
+            logger.debug("%s", error)
             return None
 
     async def ingested(
@@ -185,7 +201,7 @@ class Conversations:
         """
         chain = await asyncio.to_thread(self.chain_of, messages, tenant)
         bare = self._render(_without_tools(request)) if request.tools else None
-        text = await asyncio.to_thread(
+        text = await self._in_thread(
             ingested, messages, self._render(request), bare, self._finder()
         )
         return text, chain
@@ -235,17 +251,16 @@ class Conversations:
         writes: bool,
     ) -> Plan:
         text_tokens = self._text_tokens()
-        folded = await asyncio.to_thread(
-            fold,
+        folded = await self._in_thread(
+            partial(fold, writes=writes),
             body["messages"],
             versions,
             memory,
             tenant_key(self._secret, key.tenant),
             self._render(request),
             self._render(_without_tools(request)) if request.tools else None,
-            lambda text: len(text_tokens(text)),
+            lambda text: len(text_tokens([text])[0]),
             self._finder(),
-            writes=writes,
         )
         return Plan(
             request=_showing(request, body, folded.shown),
@@ -276,28 +291,20 @@ class Conversations:
 
     def _render(self, request: MemoryChatRequest) -> Render:
         """A function that renders messages, to be called from threads."""
-        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        wait = _waiting()
 
         def render(messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
-            # A thread is not cancelled with the request that waits for it.
-            if task is not None and (task.done() or task.cancelling()):
-                raise asyncio.CancelledError
             rendering = self._renderer.tokens(
                 request, messages, add_generation_prompt=add_generation_prompt
             )
-            return asyncio.run_coroutine_threadsafe(rendering, loop).result()
+            return wait(rendering)
 
         return render
 
-    def _text_tokens(self) -> Callable[[str], list[int]]:
-        """A function that makes tokens of a text, to be called from threads."""
-        loop = asyncio.get_running_loop()
-
-        def text_tokens(text: str) -> list[int]:
-            tokens = self._renderer.text_tokens(text)
-            return asyncio.run_coroutine_threadsafe(tokens, loop).result()
-
-        return text_tokens
+    def _text_tokens(self) -> Callable[[Sequence[str]], list[list[int]]]:
+        """A function that makes tokens of texts, to be called from threads."""
+        wait = _waiting()
+        return lambda texts: wait(self._renderer.text_tokens(texts))
 
     def _finder(self) -> SpanFinder | None:
         if self._granularity == "token":
@@ -311,13 +318,32 @@ class Conversations:
             return None
         render = self._render(request)
         bare = self._render(_without_tools(request)) if request.tools else None
-        return await asyncio.to_thread(
+        find_all = partial(
             finder.find_all,
-            render,
-            bare,
-            messages,
             add_generation_prompt=request.add_generation_prompt,
+            max_tokens=self._max_model_len,
         )
+        return await self._in_thread(find_all, render, bare, messages)
+
+    async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
+        """What a function of texts and messages gives."""
+        if self._granularity == "token":
+            return await asyncio.to_thread(function, *args)
+        return await asyncio.get_running_loop().run_in_executor(self._finding, function, *args)
+
+
+def _waiting() -> Callable[[Coroutine[Any, Any, Found]], Found]:
+    """A function for threads that waits for this loop's coroutines, for as long as the request."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def wait(coroutine: Coroutine[Any, Any, Found]) -> Found:
+        # A thread is not cancelled with the request that waits for it.
+        if task is not None and (task.done() or task.cancelling()):
+            coroutine.close()
+            raise asyncio.CancelledError
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+    return wait
 
 
 def _without_tools(request: MemoryChatRequest) -> MemoryChatRequest:

@@ -8,7 +8,7 @@ on its way in, and its final state is fetched before its last output goes out.
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Final
 
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
@@ -19,6 +19,9 @@ from deltamem_vllm.api.states import FinalState, StateCollector
 from deltamem_vllm.engine.turn import BROKEN_OFF, REPLAYS, Start
 from deltamem_vllm.errors import DeltaMemError, MemoryRequestError
 
+ANY_LORA: Final = object()
+"""Of a turn without a session: whichever vLLM chooses."""
+
 
 class EngineTurn:
     """One turn in the engine, and what became of it."""
@@ -26,7 +29,7 @@ class EngineTurn:
     def __init__(self, start: Start, lora: Any = None) -> None:
         self.start = start
         self.lora = lora
-        """The LoRA request that the session belongs to."""
+        """The LoRA request that the session belongs to, or `ANY_LORA`."""
 
         self.finished = False
         """Everything below is known, and the last output is on its way out."""
@@ -104,7 +107,7 @@ class EngineDoor:
         if turn is None:
             return self._generate(prompt, sampling_params, request_id, **kwargs)
         start = turn.start
-        if turn.lora is not kwargs.get("lora_request"):
+        if turn.lora is not ANY_LORA and turn.lora is not kwargs.get("lora_request"):
             raise lora_changed()
         if start.args.ticket is None:
             if start.args.spans is not None:

@@ -17,22 +17,18 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from deltamem_vllm.api import replies
 from deltamem_vllm.api.conversation import Plan
-from deltamem_vllm.api.door import EngineTurn
+from deltamem_vllm.api.door import ANY_LORA, EngineTurn
 from deltamem_vllm.api.folding import check_foldable
 from deltamem_vllm.api.ingest import segment_size
 from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.api.problems import problem_event, problem_response
+from deltamem_vllm.api.rendering import template_of
 from deltamem_vllm.api.schemas import GenerationRequest, MemoryChatRequest, MemoryReport
 from deltamem_vllm.api.service import MemoryService, Scope
 from deltamem_vllm.api.streams import TurnStream, UsageStream
 from deltamem_vllm.api.turns import KeptReply, WritingTurn
 from deltamem_vllm.api.usage import Usage
-from deltamem_vllm.engine.compat import (
-    ErrorResponse,
-    lora_behind,
-    metrics_header,
-    with_sse_keep_alive,
-)
+from deltamem_vllm.engine.compat import ErrorResponse, metrics_header, with_sse_keep_alive
 from deltamem_vllm.engine.turn import begin
 from deltamem_vllm.errors import (
     BrokenOffError,
@@ -163,13 +159,9 @@ class Generation:
         spans = await self._conversations.plain_spans(request, await raw.json())
         if spans is None:
             return await stock_answer(request, raw, run)
-        lora = await lora_behind(self._service.models, request.model)
         start = begin("read_write", None, self._service.shape, spans=spans, is_kept=False)
-        try:
-            with self._service.door.carrying(EngineTurn(start, lora)):
-                return await stock_answer(request, raw, run)
-        except DeltaMemError as error:
-            return problem_response(error)
+        with self._service.door.carrying(EngineTurn(start, ANY_LORA)):
+            return await stock_answer(request, raw, run)
 
     # Turns that do not write
 
@@ -447,8 +439,13 @@ def _refuse(request: GenerationRequest) -> None:
             )
         if request.use_beam_search:
             raise MemoryRequestError("memory.spans cannot be combined with beam search.")
+        if request.truncate_prompt_tokens is not None:
+            raise MemoryRequestError(
+                "truncate_prompt_tokens with memory.spans: they would be of another prompt. Leave "
+                "it out."
+            )
     if memory.writes:
-        if getattr(request, "chat_template", None) is not None:
+        if template_of(request) is not None:
             raise MemoryRequestError(
                 "chat_template with read_write memory: sessions belong to the server's template "
                 "(--chat-template). Leave it out, or use read_only."

@@ -171,7 +171,8 @@ class Ingests:
         """What is to be written, and the hashes of its messages."""
         body = job.body
         if body.text is not None:
-            return Text(await self._service.renderer.text_tokens(body.text)), ()
+            (tokens,) = await self._service.renderer.text_tokens([body.text])
+            return Text(tokens), ()
         if body.token_ids is not None:
             vocabulary = job.raw.app.state.vllm_config.model_config.get_vocab_size()
             return given_tokens(body, vocabulary, self._service.shape), ()

@@ -5,6 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deltamem_vllm.engine.compat import TokenizeParams, is_mistral_tokenizer
+from deltamem_vllm.errors import MemoryRequestError
+
+
+def template_of(request: Any) -> Any:
+    """The chat template that a request brings along; None for most."""
+    in_arguments = (getattr(request, "chat_template_kwargs", None) or {}).get("chat_template")
+    return getattr(request, "chat_template", None) or in_arguments
 
 
 class ChatRenderer:
@@ -26,10 +33,19 @@ class ChatRenderer:
             request: vLLM's chat request.
             messages: as clients send them; any number of tokens.
             add_generation_prompt: whether the template begins the assistant's answer.
+
+        Raises:
+            MemoryRequestError: the request brings a template, and the server trusts none.
         """
         if not messages:
             return []
         online = self._online
+        # vLLM refuses it too, but later. Templates are programs.
+        if template_of(request) is not None and not online.trust_request_chat_template:
+            raise MemoryRequestError(
+                "chat_template: this server runs no templates of requests "
+                "(--trust-request-chat-template). Leave it out."
+            )
         has_no_tools = request.tools is None or (
             request.tool_choice == "none" and online.exclude_tools_when_tool_choice_none
         )
@@ -62,8 +78,10 @@ class ChatRenderer:
         )
         return list(prompt["prompt_token_ids"])
 
-    async def text_tokens(self, text: str) -> list[int]:
-        """The tokens of plain text, of any length, without special ones."""
+    async def text_tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of plain texts, of any length, without special ones."""
         tok_params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-        (prompt,) = await self._online.renderer.render_cmpl_async([{"prompt": text}], tok_params)
-        return list(prompt["prompt_token_ids"])
+        prompts = await self._online.renderer.render_cmpl_async(
+            [{"prompt": text} for text in texts], tok_params
+        )
+        return [list(prompt["prompt_token_ids"]) for prompt in prompts]

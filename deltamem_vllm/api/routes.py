@@ -104,8 +104,9 @@ def service_of(raw_request: Request) -> MemoryService:
     service: MemoryService | None = raw_request.app.state.deltamem
     if service is None:
         raise MemoryRequestError(
-            "this server has no session store; every request has an ephemeral memory. Leave the "
-            "field memory out, or start the server with `deltamem serve`."
+            "this server has no session store; every request has an ephemeral memory that is "
+            "written token by token. Leave the field memory out, or start the server with "
+            "`deltamem serve` and a --store."
         )
     return service
 

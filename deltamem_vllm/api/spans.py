@@ -17,9 +17,12 @@ from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.engine.turn import Spans
 from deltamem_vllm.errors import MemoryRequestError
 
-MAX_RENDERED: Final = 10_000_000
+MAX_RENDERED: Final = 5_000_000
 """Tokens that may be rendered to find one chat's spans: some seconds. Each message takes another
-rendering of all before it, so that is 440 messages of 100 tokens."""
+rendering of all before it, so that is 310 messages of 100 tokens."""
+
+SENTENCES_AT_ONCE: Final = 1000
+"""Whose tokens are asked for together."""
 
 MAX_ROLLBACK: Final = 16
 """Tokens at a conversation's end that may change when a message follows."""
@@ -34,11 +37,11 @@ class SpanFinder:
 
     Args:
         granularity: what one write is; not a token.
-        text_tokens: tokens of a text by itself.
+        text_tokens: tokens of texts, each by itself.
     """
 
     granularity: WriteGranularity
-    text_tokens: Callable[[str], Sequence[int]]
+    text_tokens: Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
     def find(
         self,
@@ -69,22 +72,20 @@ class SpanFinder:
         """
         if first == len(messages):
             return None
+        if (len(messages) - first) * len(prompt) > 2 * MAX_RENDERED:
+            raise MemoryRequestError(
+                f"{len(messages) - first} messages with {len(prompt)} tokens are too many to be "
+                "told apart at once, for an adapter that writes by messages or sentences: ingest "
+                "them in parts, or as token ids with spans."
+            )
         edges = [start]
         rendered: Sequence[int] = ()
-        total = 0
         for count in range(first + 1, len(messages) + 1):
             is_last = count == len(messages)
             if is_last and not add_generation_prompt:
                 following = prompt
             else:
                 following = render(messages[:count], add_generation_prompt=False)
-            total += len(following)
-            if total > MAX_RENDERED:
-                raise MemoryRequestError(
-                    f"{len(messages) - first} messages are too many to be told apart at once, for "
-                    "an adapter that writes by messages or sentences: ingest them in parts, or as "
-                    "token ids with spans."
-                )
             if count > first + 1:
                 edges.append(_edge(rendered, following, edges[-1]))
             rendered = following
@@ -104,6 +105,7 @@ class SpanFinder:
         messages: Sequence[Message],
         *,
         add_generation_prompt: bool,
+        max_tokens: int,
     ) -> Spans | None:
         """The spans of a chat none of whose messages was written before; see `find`.
 
@@ -111,8 +113,12 @@ class SpanFinder:
             render, bare: the chat template, see `split_boundary`.
             messages: all that the prompt shows.
             add_generation_prompt: as there.
+            max_tokens: of a prompt that the engine takes; a longer one has no spans, because it is
+                refused.
         """
         prompt = render(messages, add_generation_prompt=add_generation_prompt)
+        if len(prompt) > max_tokens:
+            return None
         first = next(
             (at for at, one in enumerate(messages) if role_of(one) not in STANDING_ROLES),
             len(messages),
@@ -142,11 +148,16 @@ class SpanFinder:
             yield begin, end
             return
         text = "\n".join(texts_of(message))
-        tokens = list(self.text_tokens(text))
+        tokens = list(self.text_tokens([text])[0])
         at = _place_of(tokens, prompt[begin:end])
         if at is None:
             return
-        pieces = [list(self.text_tokens(one)) for one in sentences(text)]
+        texts = sentences(text)
+        pieces = [
+            list(piece)
+            for start in range(0, len(texts), SENTENCES_AT_ONCE)
+            for piece in self.text_tokens(texts[start : start + SENTENCES_AT_ONCE])
+        ]
         if [token for piece in pieces for token in piece] != tokens:
             pieces = [tokens]  # a token lies across two of them
         position = begin + at

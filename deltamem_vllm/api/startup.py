@@ -99,7 +99,10 @@ async def start_service(engine_client: Any, state: State) -> MemoryService | Non
         ingester=Ingester(door, shape, max_model_len - 1),
         renderer=renderer,
         conversations=Conversations(
-            renderer, settings.hash_secret.get_secret_value().encode(), shape.granularity
+            renderer,
+            settings.hash_secret.get_secret_value().encode(),
+            max_model_len,
+            shape.granularity,
         ),
         tenants=TenantResolver(settings),
         shape=shape,

@@ -29,7 +29,12 @@ from deltamem_vllm.engine.compat import (
 )
 from deltamem_vllm.engine.memory_layer import MemoryLayer
 from deltamem_vllm.engine.probe import CorrectionNorms
-from deltamem_vllm.engine.request_args import MemoryArgs, ending_spans, memory_args
+from deltamem_vllm.engine.request_args import (
+    MemoryArgs,
+    ending_spans,
+    memory_args,
+    without_memory,
+)
 from deltamem_vllm.engine.settings import adapter_of, page_layout
 from deltamem_vllm.errors import MemoryRequestError
 from deltamem_vllm.ops import (
@@ -188,6 +193,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         params = request.sampling_params
         try:
             args = memory_args(None if params is None else params.extra_args)
+            if args is not None:
+                # Read here alone; and vLLM writes its requests into the log when it dies.
+                request.sampling_params = without_memory(params)
             if args is not None and args.spans is not None:
                 args = ending_spans(args, request.num_prompt_tokens)
                 self._marks[request.request_id] = _Marks.of(args, self._layout)

@@ -5,6 +5,7 @@ The frontend resolves a session into `MemoryArgs` and puts their encoding under 
 express, so clients cannot forge it through `vllm_xargs`.
 """
 
+import copy
 import hashlib
 from collections.abc import Mapping
 from itertools import pairwise
@@ -46,6 +47,11 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
 
     ticket: str | None = None
     """Key under which the worker keeps the final state; None: nobody wants it."""
+
+    def __repr__(self) -> str:
+        """Without the state: vLLM writes requests into its log when an engine dies."""
+        size = 0 if self.state is None else len(self.state)
+        return f"MemoryArgs(state of {size} bytes, ticket={self.ticket!r})"
 
     @property
     def salt(self) -> str:
@@ -96,6 +102,15 @@ def with_memory(params: SamplingParams, args: MemoryArgs) -> SamplingParams:
     """A copy of `params` that carries `args`."""
     params = params.clone()
     params.extra_args = {**(params.extra_args or {}), ARGS_KEY: msgspec.msgpack.encode(args)}
+    return params
+
+
+def without_memory(params: SamplingParams) -> SamplingParams:
+    """A copy of `params` without what `with_memory` put there; several requests may share one."""
+    params = copy.copy(params)
+    params.extra_args = {
+        name: value for name, value in (params.extra_args or {}).items() if name != ARGS_KEY
+    }
     return params
 
 

@@ -28,7 +28,7 @@ from deltamem_vllm.errors import MemoryRequestError, about
 from deltamem_vllm.memory import Memory
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import Feed
-from deltamem_vllm.offline.rendering import chat_render, text_tokens
+from deltamem_vllm.offline.rendering import chat_render, own_template, text_tokens
 from deltamem_vllm.offline.service import OfflineService
 from deltamem_vllm.sessions import IngestJob, SessionContent, SessionKey, Turn
 
@@ -169,7 +169,7 @@ class Ingests:
         """
         if len({job.key for job in jobs}) < len(jobs):
             raise MemoryRequestError("a session is named twice; give it one text.")
-        if self._arguments.get("chat_template") is not None:
+        if own_template(self._arguments) is not None:
             raise MemoryRequestError(
                 "sessions belong to the model's template. Give it to MemoryLLM."
             )
@@ -206,7 +206,7 @@ class Ingests:
             bare = chat_render(llm, self._arguments) if body.tools else None
             text = ingested(body.messages, render, bare, self._service.finder)
         elif body.text is not None:
-            text = Text(text_tokens(llm, body.text))
+            text = Text(text_tokens(llm, [body.text])[0])
         else:
             text = given_tokens(body, llm.model_config.get_vocab_size(), self._service.shape)
         if not text:

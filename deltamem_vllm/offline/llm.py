@@ -140,14 +140,14 @@ class MemoryLLM(LLM):
         refuse_reload(method)
         return list(super().collective_rpc(method, timeout, args, kwargs))
 
-    def sleep(self, level: int = 1, **kwargs: Any) -> Any:
+    def sleep(self, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         """`LLM.sleep`.
 
         Raises:
             MemoryRequestError: the level would throw the weights away.
         """
         refuse_sleep(level)
-        return super().sleep(level, **kwargs)
+        return super().sleep(level, *args, **kwargs)
 
     @property
     def sessions(self) -> Sessions:

@@ -18,6 +18,12 @@ RENDERING: Final = ("chat_template", CONTENT_FORMAT, TEMPLATE_ARGUMENTS, "tools"
 """Arguments of `LLM.chat` from which messages become tokens."""
 
 
+def own_template(arguments: Mapping[str, Any]) -> Any:
+    """The chat template among the arguments of `LLM.chat`; None if they have none."""
+    in_arguments = (arguments.get(TEMPLATE_ARGUMENTS) or {}).get("chat_template")
+    return arguments.get("chat_template") or in_arguments
+
+
 def chat_render(llm: LLM, arguments: Mapping[str, Any]) -> Render:
     """A function that renders messages.
 
@@ -53,8 +59,8 @@ def chat_render(llm: LLM, arguments: Mapping[str, Any]) -> Render:
     return render
 
 
-def text_tokens(llm: LLM, text: str) -> list[int]:
-    """The tokens of plain text, of any length, without special ones."""
+def text_tokens(llm: LLM, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of plain texts, of any length, without special ones."""
     tok_params = TokenizeParams(max_total_tokens=None, add_special_tokens=False)
-    (prompt,) = llm.renderer.render_cmpl([{"prompt": text}], tok_params)
-    return list(prompt["prompt_token_ids"])
+    prompts = llm.renderer.render_cmpl([{"prompt": text} for text in texts], tok_params)
+    return [list(prompt["prompt_token_ids"]) for prompt in prompts]

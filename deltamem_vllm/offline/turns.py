@@ -24,6 +24,7 @@ from deltamem_vllm.offline.rendering import (
     TEMPLATE_ARGUMENTS,
     TOKENIZATION,
     chat_render,
+    own_template,
     text_tokens,
 )
 from deltamem_vllm.offline.replies import keep, replay, with_report
@@ -104,7 +105,7 @@ class Turns:
                 writes.append((turn.key, memory))
             else:
                 reads.append((turn.key, memory))
-        if writes and self._arguments.get("chat_template") is not None:
+        if writes and own_template(self._arguments) is not None:
             raise MemoryRequestError(
                 "chat_template with read_write memory: sessions belong to the model's template. "
                 "Give it to MemoryLLM."
@@ -165,7 +166,7 @@ class Turns:
         """Find out what a turn grows out of, and what its prompt shows."""
         memory, key = turn.memory, turn.key
         if memory is None or key is None:
-            turn.spans = self._plain_spans(turn) if memory is None else memory.spans
+            turn.spans = self._plain_spans(turn) if memory is None else self._given_spans(memory)
             return
         versions = self._versions(memory, key)
         turn.base = versions[0] if versions else None
@@ -179,7 +180,7 @@ class Turns:
                     self._service.chain_key,
                     self._render,
                     self._render_bare if self._arguments.get("tools") else None,
-                    lambda text: len(text_tokens(self._service.llm, text)),
+                    lambda text: len(text_tokens(self._service.llm, [text])[0]),
                     self._service.finder,
                     writes=turn.writes,
                 )
@@ -201,7 +202,7 @@ class Turns:
             turn.chain = (*written, *hash_chain(whole, self._service.chain_key))
             turn.spans = self._spans(turn)
         elif turn.writes:
-            turn.spans = memory.spans
+            turn.spans = self._given_spans(memory)
         turn.content = None if turn.base is None else turn.base.content
 
     def _spans(self, turn: Turn) -> Spans | None:
@@ -214,19 +215,33 @@ class Turns:
             self._render_bare if self._arguments.get("tools") else None,
             turn.prompt,
             add_generation_prompt=self._arguments.get("add_generation_prompt", True),
+            max_tokens=self._service.max_model_len,
         )
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether prompts lose tokens before they are run."""
+        tokenization = self._arguments.get(TOKENIZATION) or {}
+        return tokenization.get("truncate_prompt_tokens") is not None
+
+    def _given_spans(self, memory: Memory) -> Spans | None:
+        if memory.spans is not None and self._is_cut:
+            raise MemoryRequestError(
+                "truncate_prompt_tokens with memory.spans: they would be of another prompt. Leave "
+                "it out."
+            )
+        return memory.spans
 
     def _plain_spans(self, turn: Turn) -> Spans | None:
         """Those of a chat without a word about memory, which is never refused for them."""
-        tokenization = self._arguments.get(TOKENIZATION) or {}
-        is_cut = tokenization.get("truncate_prompt_tokens") is not None
-        if not self._is_chat or self._arguments.get(CONTINUES) or is_cut:
+        if not self._is_chat or self._arguments.get(CONTINUES) or self._is_cut:
             return None
         try:
             return self._spans(turn)
         # A template refuses conversations that it was not made for each in its own way.
         except Exception as error:
-            logger.warning_once(NO_PLAIN_SPANS, error)
+            logger.warning_once(NO_PLAIN_SPANS, type(error).__name__)
+            logger.debug("%s", error)
             return None
 
     def _versions(self, memory: Memory, key: SessionKey) -> tuple[SessionRecord, ...]:

@@ -1,5 +1,6 @@
 """An adapter that writes by messages, served over HTTP."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,16 +138,52 @@ def test_chats_without_a_session_are_written_by_messages_too(
     expected = told(ssw_oracle(fed, prompt=prompt_of(0, messages, 1)).logprobs)
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
     assert (told(ssw_oracle(fed).logprobs) - expected).abs().max() > 1e-2
-    # Streams, several answers, and what has no messages of its own.
-    more = [
-        {**body, "n": 2, "temperature": 1},
-        {**body, "stream": True},
-        {**body, "continue_final_message": True, "add_generation_prompt": False},
-        {**body, "use_beam_search": True, "n": 2, "logprobs": False},
+    url = f"{ssw_server.url}/v1/chat/completions"
+    stream = httpx.post(url, json={**body, "stream": True}, timeout=60).text.splitlines()
+    events = [json.loads(line[6:]) for line in stream if line.startswith("data: {")]
+    parts = [part for event in events for part in event["choices"]]
+    again = [
+        one["logprob"]
+        for part in parts
+        if part.get("logprobs")
+        for one in part["logprobs"]["content"]
     ]
-    for other in more:
-        again = httpx.post(f"{ssw_server.url}/v1/chat/completions", json=other, timeout=60)
-        assert again.status_code == 200, again.text
+    torch.testing.assert_close(torch.tensor(again), expected, rtol=0, atol=1e-4)
+    two = httpx.post(url, json={**body, "n": 2, "temperature": 1, "seed": 5}, timeout=60).json()
+    for choice in two["choices"]:  # `told` looks at this one's tokens
+        fed = [*two["prompt_token_ids"], *choice["token_ids"][:-1]]
+        found = [one["logprob"] for one in choice["logprobs"]["content"]]
+        expected = told(ssw_oracle(fed, prompt=prompt_of(0, messages, 1)).logprobs)
+        torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-4)
+    # What has no messages of its own.
+    for fields in (
+        {"continue_final_message": True, "add_generation_prompt": False},
+        {"use_beam_search": True, "n": 2, "logprobs": False},
+    ):
+        answer = httpx.post(url, json={**body, **fields}, timeout=60)
+        assert answer.status_code == 200, answer.text
+    unknown = httpx.post(url, json={**body, "model": "nobody"}, timeout=60)
+    assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "NotFoundError")
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [None, {"session": "t"}, {"session": "t", "window": {"messages": 1}}],
+    ids=["plain", "written", "folded"],
+)
+def test_templates_of_requests_never_run(ssw_server: Server, memory: Any) -> None:
+    """The server trusts none, and this one would not end."""
+    endless = "{% for _ in range(10**12) %}{% endfor %}"
+    for fields in (
+        {"chat_template": endless},
+        {"chat_template_kwargs": {"chat_template": endless}},
+    ):
+        body = {"model": "words", "messages": [said(480, 3)], "max_tokens": 2, **fields}
+        if memory is not None:
+            body["memory"] = memory
+        answer = httpx.post(f"{ssw_server.url}/v1/chat/completions", json=body, timeout=30)
+        assert answer.status_code == 400, answer.text
+        assert "template" in answer.json()["error"]["message"]
 
 
 def test_spans_of_a_completion_without_a_session(
@@ -157,7 +194,12 @@ def test_spans_of_a_completion_without_a_session(
     reply = ask(ssw_client, tokens, {"spans": spans})
     assert reply.token_ids == kept.token_ids
     assert reply.memory["session"] is None
-    for bad in ({"prompt": [tokens, tokens]}, {"use_beam_search": True, "n": 2}, {"prompt": [1]}):
+    for bad in (
+        {"prompt": [tokens, tokens]},
+        {"use_beam_search": True, "n": 2},
+        {"prompt": [1]},
+        {"truncate_prompt_tokens": 50},
+    ):
         body = {"model": "words", "prompt": tokens, "memory": {"spans": spans}, **bad}
         answer = httpx.post(f"{ssw_server.url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 400, answer.text

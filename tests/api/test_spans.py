@@ -14,6 +14,13 @@ from deltamem_vllm.engine.turn import Text, segments
 from deltamem_vllm.errors import MemoryRequestError
 from tests.api.templates import CHATML, LLAMA, MERGED, THINKING, TOKENIZER, Renderer
 
+ROOM = 10**9
+"""Tokens of a prompt that the engine takes."""
+
+
+def encoded(texts: Sequence[str]) -> list[list[int]]:
+    return [TOKENIZER.encode(text) for text in texts]
+
 
 def said(role: str, content: str) -> Message:
     return {"role": role, "content": content}
@@ -35,10 +42,12 @@ def spans_of(
     add_generation_prompt: bool = True,
 ) -> list[str]:
     """The texts of a chat's spans."""
-    finder = SpanFinder(granularity, lambda text: TOKENIZER.encode(text))
+    finder = SpanFinder(granularity, encoded)
     render = Renderer(template)
     prompt = render(messages, add_generation_prompt=add_generation_prompt)
-    found = finder.find_all(render, None, messages, add_generation_prompt=add_generation_prompt)
+    found = finder.find_all(
+        render, None, messages, add_generation_prompt=add_generation_prompt, max_tokens=ROOM
+    )
     assert found is not None
     return [TOKENIZER.decode(prompt[begin:end]) for begin, end in found]
 
@@ -78,14 +87,18 @@ def test_a_token_across_sentences_makes_them_one() -> None:
 def test_sentences_that_cannot_be_found_are_in_no_span() -> None:
     """As in the published reference; and a chat without any is written token by token."""
     chat = [said("user", "one. two"), said("assistant", ""), said("user", "three. four")]
-    lost = SpanFinder("sentence_mean", lambda text: TOKENIZER.encode(text.replace("three", "3")))
+    lost = SpanFinder(
+        "sentence_mean", lambda texts: encoded([text.replace("three", "3") for text in texts])
+    )
     render = Renderer(CHATML)
     prompt = render(chat, add_generation_prompt=True)
-    found = lost.find_all(render, None, chat, add_generation_prompt=True)
+    found = lost.find_all(render, None, chat, add_generation_prompt=True, max_tokens=ROOM)
     assert found is not None
     assert [TOKENIZER.decode(prompt[slice(*span)]) for span in found] == ["one.", " two"]
     for silent in (chat[2:], [said("user", "")], [said("system", "be kind")]):
-        assert lost.find_all(render, None, silent, add_generation_prompt=True) is None
+        assert (
+            lost.find_all(render, None, silent, add_generation_prompt=True, max_tokens=ROOM) is None
+        )
 
 
 def test_a_template_that_changes_messages_is_refused() -> None:
@@ -99,8 +112,10 @@ def test_a_template_that_changes_messages_is_refused() -> None:
 def test_a_token_that_holds_two_messages_belongs_to_the_later() -> None:
     chat = [said("user", "a"), said("assistant", "b"), said("user", "c")]
     prompt = Renderer(MERGED)(chat, add_generation_prompt=True)
-    finder = SpanFinder("message_mean", TOKENIZER.encode)
-    found = finder.find_all(Renderer(MERGED), None, chat, add_generation_prompt=True)
+    finder = SpanFinder("message_mean", encoded)
+    found = finder.find_all(
+        Renderer(MERGED), None, chat, add_generation_prompt=True, max_tokens=ROOM
+    )
     assert found is not None
     assert all(one[1] == other[0] for one, other in pairwise(found))
     assert found[-1][1] <= len(prompt)
@@ -109,8 +124,24 @@ def test_a_token_that_holds_two_messages_belongs_to_the_later() -> None:
 def test_too_many_messages_are_refused_before_they_take_minutes() -> None:
     """Each takes a rendering of all before it."""
     chat = [said("user", "a" * 20_000) for _ in range(50)]
-    with pytest.raises(MemoryRequestError, match="50 messages are too many"):
-        spans_of(CHATML, chat)
+    render = Renderer(CHATML)
+    prompt = render(chat, add_generation_prompt=True)
+    finder = SpanFinder("message_mean", encoded)
+
+    def refused(*args: object, **kwargs: object) -> list[int]:
+        raise AssertionError("the refusal comes before more is rendered")
+
+    with pytest.raises(MemoryRequestError, match=r"50 messages with \d+ tokens are too many"):
+        finder.find(refused, chat, prompt)
+
+
+def test_a_prompt_that_the_engine_refuses_has_no_spans() -> None:
+    render, chat = Renderer(CHATML), [said("user", "a b c"), said("user", "d")]
+    length = len(render(chat, add_generation_prompt=True))
+    finder = SpanFinder("message_mean", encoded)
+    for room, found in ((length - 1, False), (length, True)):
+        spans = finder.find_all(render, None, chat, add_generation_prompt=True, max_tokens=room)
+        assert (spans is not None) == found
 
 
 @given(

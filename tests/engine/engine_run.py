@@ -4,7 +4,8 @@ SPEC holds `llm` (arguments of `MemoryLLM`), `prompts` (lists of token ids), `sp
 null) and `max_tokens`. OUT becomes a safetensors file with, per prompt i, `tokens.i`,
 `logprobs.i` [n, vocab] and `state.i.<layer>`, and with `norms_before` and `norms` [workers, 2],
 what probes added up until the first prompt, and since then. Engines that span processes or compile
-are started this way, so that they share nothing with the test's process.
+are started this way, so that they share nothing with the test's process. `drafts` says how many
+were made, if `llm` has the engine count.
 """
 
 import json
@@ -40,6 +41,11 @@ def main(spec_path: str, out_path: str) -> None:
         use_tqdm=False,
     )
     tensors["norms"] = torch.tensor(llm.collective_rpc("take_correction_norms"))
+    drafts = 0.0
+    if not spec["llm"].get("disable_log_stats", True):
+        found = [one for one in llm.get_metrics() if one.name == "vllm:spec_decode_num_drafts"]
+        drafts = sum(one.value for one in found)
+    tensors["drafts"] = torch.tensor(drafts)
     for index, output in enumerate(outputs):
         tensors[f"tokens.{index}"] = torch.tensor(output.outputs[0].token_ids)
         tensors[f"logprobs.{index}"] = full_logprobs(output.outputs[0].logprobs)

@@ -91,7 +91,12 @@ def assert_is_oracles(result: dict[str, Tensor], case: Path) -> None:
     assert norms.ratio == pytest.approx(expected.ratio, rel=1e-3)
 
 
-DRAFTS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2}
+DRAFTS = {
+    "method": "ngram",
+    "num_speculative_tokens": 3,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 2,
+}
 TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
@@ -118,7 +123,12 @@ TWO_PROCESSES = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCES
             id="spans, tensor parallel",
         ),
         pytest.param("smollm3_ssw_message", {}, {}, id="spans, compiled"),
-        pytest.param("qwen3_msw4", {}, {"speculative_config": DRAFTS}, id="drafts, compiled"),
+        pytest.param(
+            "qwen3_msw4",
+            {},
+            {"speculative_config": DRAFTS, "disable_log_stats": False},
+            id="drafts, compiled",
+        ),
         pytest.param(
             "qwen3_scaled",
             {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
@@ -132,3 +142,4 @@ def test_state_is_independent_of_how_the_engine_is_built(
 ) -> None:
     result = run_engine(tmp_path, DATA / case, environment, **arguments)
     assert_is_oracles(result, DATA / case)
+    assert (result["drafts"] > 0) == ("speculative_config" in arguments)

@@ -110,6 +110,9 @@ def test_several_samples_each_go_on_with_their_own_memory(
     llm: MemoryLLM, oracle: Oracle, memory: Memory | None
 ) -> None:
     """They share their prompt's blocks, and part after it."""
+    told = TokensPrompt(prompt_token_ids=random_tokens(621, 50))
+    llm.generate(told, greedy(2), memory=Memory(session="many"), use_tqdm=False)
+    state = None if memory is None else llm.sessions["many"].state
     prompt = random_tokens(620, 70)
     params = SamplingParams(
         max_tokens=12,
@@ -126,11 +129,30 @@ def test_several_samples_each_go_on_with_their_own_memory(
     assert len({tuple(one.token_ids) for one in output.outputs}) > 1
     for one in output.outputs:
         tokens = [*prompt, *one.token_ids[:-1]]
-        if memory is None:
-            rows = oracle(tokens).logprobs[len(prompt) - 1 :]
-            for at, row in enumerate(one.logprobs):
-                found = torch.tensor([row[token].logprob for token in range(VOCAB)])
-                torch.testing.assert_close(found, rows[at], rtol=0, atol=LOGPROB_TOLERANCE)
+        rows = oracle(tokens, state=state, writes=memory is None).logprobs[len(prompt) - 1 :]
+        for at, row in enumerate(one.logprobs):
+            found = torch.tensor([row[token].logprob for token in range(VOCAB)])
+            torch.testing.assert_close(found, rows[at], rtol=0, atol=LOGPROB_TOLERANCE)
+
+
+def test_what_vllm_logs_of_a_dying_engine_holds_no_state(
+    llm: MemoryLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It prints the step that it was at, with the requests that began in it."""
+    told = TokensPrompt(prompt_token_ids=random_tokens(640, 50))
+    llm.generate(told, greedy(2), memory=Memory(session="secret"), use_tqdm=False)
+    state = llm._service.shape.pack(llm.sessions["secret"].state)
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    execute, steps = executor.execute_model, []
+
+    def recorded(step: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(repr(step))
+        return execute(step, *args, **kwargs)
+
+    monkeypatch.setattr(executor, "execute_model", recorded)
+    llm.generate(told, greedy(2), memory=Memory(session="secret"), use_tqdm=False)
+    assert any("MemoryArgs(state of" in step for step in steps)
+    assert not any(repr(state)[20:80] in step for step in steps)
 
 
 def test_beams_without_a_session_have_memories_of_their_own(llm: MemoryLLM, oracle: Oracle) -> None:

@@ -183,6 +183,14 @@ def test_spans_of_a_prompt_without_a_session(ssw: MemoryLLM, oracle: Oracle) -> 
     )
     assert (output.memory.session, output.memory.version) == (None, 0)
     assert set(ssw.sessions) == before
+    with pytest.raises(MemoryRequestError, match="truncate_prompt_tokens"):
+        ssw.generate(
+            prompt,
+            greedy(2),
+            memory=Memory(spans=spans),
+            tokenization_kwargs={"truncate_prompt_tokens": 40},
+            use_tqdm=False,
+        )
     with pytest.raises(MemoryRequestError, match="spans reach to token 51 of a prompt of 50"):
         ssw.generate(prompt, greedy(2), memory=Memory(spans=[(0, 51)]), use_tqdm=False)
     for wrong in (
