@@ -162,6 +162,9 @@ class Request(NamedTuple):
     hits: int | None = None
     """The row that fills, in this very step, the last block of this one's context."""
 
+    forgets: bool = False
+    """Of a row that hits: its sliding window left null blocks in the place of earlier ones."""
+
     def in_spans(self, count: int) -> bool:
         """Whether the page after `count` tokens must know more than the state."""
         return self.write_until < count < self.span_end
@@ -267,11 +270,14 @@ class Case:
                     pages.spans.sums[page, request.context % self.ring] = sums
             if pages.spans is not None and request.active:
                 self._place_marks(row, pages.spans.marks)
+        null = next(free)
         for row in sorted(range(len(self.requests)), key=lambda row: self.requests[row].context):
             request = self.requests[row]
             if request.hits is not None:
                 blocks = request.context // size
                 self.table[row, :blocks] = self.table[request.hits, :blocks]
+                if request.forgets:
+                    self.table[row, : blocks - 1] = null
 
     def _place_marks(self, row: int, marks: Tensor) -> None:
         """Mark the tokens of all blocks that a row's tokens touch."""
@@ -433,6 +439,7 @@ requests = st.builds(
     spans=st.just(()),
     span_end=st.just(0),
     hits=st.none(),
+    forgets=st.just(False),
 )
 
 
@@ -460,7 +467,8 @@ def hitting_cases(draw: st.DrawFn) -> Case:
         filled = range(owner.context // size + 1, (owner.context + owner.query) // size + 1)
         query = draw(st.integers(1, 3 * size))
         if filled:
-            rows.append(Request(draw(st.sampled_from(filled)) * size, query, hits=hit))
+            context, forgets = draw(st.sampled_from(filled)) * size, draw(st.booleans())
+            rows.append(Request(context, query, hits=hit, forgets=forgets))
     order = draw(st.permutations(range(len(rows))))
     rows = [rows[old] for old in order]
     rows = [r if r.hits is None else r._replace(hits=order.index(r.hits)) for r in rows]
