@@ -20,8 +20,11 @@ from tests.helpers import DATA, with_word_tokenizer
 CASE: Final = DATA / "qwen3_tsw"
 MODEL: Final = "words"
 START_TIMEOUT_S: Final = 240
+MAX_MODEL_LEN: Final = 1024
+"""Tokens of the longest turn: about a second, so that tests find it running."""
+
 ENGINE_FLAGS: Final = (
-    *("--dtype", "float32", "--max-model-len", "256", "--block-size", "32"),
+    *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"),
     *("--enforce-eager", "--max-num-seqs", "8"),
 )
 

@@ -13,7 +13,7 @@ from deltamem_vllm.api.lineage import unfolded
 from deltamem_vllm.sessions import SessionStore
 from deltamem_vllm.state.fingerprint import FingerprintParts
 from deltamem_vllm.state.snapshot_file import dump_snapshot, load_snapshot
-from tests.api.server import MODEL, Server
+from tests.api.server import MAX_MODEL_LEN, MODEL, Server
 from tests.api.sessions_http import SHAPE, Ledger, ask, new_name, record_of
 from tests.helpers import random_tokens, word
 from tests.oracle import Oracle
@@ -202,11 +202,11 @@ def test_interrupted_ingest_goes_on_and_cuts_as_if_it_had_not_stopped(
 ) -> None:
     """In segments as long as the model's context, the first of which begins with a pending token:
     after the interruption none is pending, and the cuts are to be the same."""
-    name, context = new_name("resumed"), 256 - 1
+    name, context = new_name("resumed"), MAX_MODEL_LEN - 1
     tokens = random_tokens(12, 6 * context)
     ledger = Ledger(oracle)
     ledger.turn(ask(client, COMPLETION, {"session": name}))
-    body = {"token_ids": tokens, "segment_tokens": 1000, "job_id": "j", "stream": True}
+    body = {"token_ids": tokens, "segment_tokens": 2000, "job_id": "j", "stream": True}
     url = f"{server.url}/v1/memory/sessions/{name}/ingest"
     with httpx.stream("POST", url, json=body, timeout=60) as answer:
         for line in answer.iter_lines():

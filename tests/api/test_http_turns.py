@@ -180,7 +180,7 @@ def running_turn(client: openai.OpenAI, session: str) -> Iterator[None]:
     with client.completions.create(
         model=MODEL,
         prompt=COMPLETION,
-        max_tokens=200,
+        max_tokens=900,
         stream=True,
         extra_body={"memory": {"session": session}, "ignore_eos": True},
     ) as events:
