@@ -175,7 +175,7 @@ class Conversations:
 
         None: its prompt is written token by token.
         """
-        if self._granularity == "token" or not isinstance(request, MemoryChatRequest):
+        if not isinstance(request, MemoryChatRequest):
             return None
         if (
             request.continue_final_message

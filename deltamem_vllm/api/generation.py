@@ -156,7 +156,9 @@ class Generation:
 
         An adapter that writes by messages or sentences writes a chat's so.
         """
-        spans = await self._conversations.plain_spans(request, await raw.json())
+        spans = None
+        if self._service.shape.granularity != "token":  # reading the body again takes time
+            spans = await self._conversations.plain_spans(request, await raw.json())
         if spans is None:
             return await stock_answer(request, raw, run)
         start = begin("read_write", None, self._service.shape, spans=spans, is_kept=False)

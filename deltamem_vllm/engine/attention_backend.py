@@ -30,7 +30,7 @@ class MemoryMetadata(AttentionMetadata):
 
 
 class MemoryMetadataBuilder(AttentionMetadataBuilder[MemoryMetadata]):
-    """Packs vLLM's common metadata for the memory op; allocates nothing.
+    """Packs vLLM's common metadata for the memory op; allocates nothing on the device.
 
     CUDA graphs replay the op on the tensors of their capture. Those of the common metadata are fit
     for that: both of vLLM's model runners keep block table, query boundaries and sequence lengths
