@@ -338,7 +338,8 @@ def make_adapter(folder: Path, model: Path) -> None:
     )
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        tensor_name(layer, parameter): 0.02 * torch.randn(size, generator=generator)
+        # Rounded as training in bf16 leaves them.
+        tensor_name(layer, parameter): (0.02 * torch.randn(size, generator=generator)).bfloat16()
         for layer in range(shape.num_layers)
         for parameter, size in shapes.items()
     }

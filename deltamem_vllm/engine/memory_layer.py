@@ -1,18 +1,19 @@
 """The memory of one attention layer inside vLLM.
 
 `MemoryLayer` owns the adapter's weights for its layer and a state page per block of the layer's KV
-cache. `forward` turns the attention's input into reads, for all requests of the step in ONE op;
-`correct_qkv` and `correct_output` add what the reads say. Memory arithmetic is fp32 whatever the
-model's dtype is.
+cache. `forward` turns the attention's input into reads, for all requests of the step in ONE op, and
+corrects the fresh projections with them; `correct_output` corrects the attention's output. Memory
+arithmetic is fp32 whatever the model's dtype is.
 """
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from vllm.config import CompilationMode
 from vllm.logger import init_logger
 
 from deltamem_vllm.adapter import Adapter, LayerWeights
@@ -39,9 +40,19 @@ from deltamem_vllm.engine.names import CONNECTOR_NAME
 from deltamem_vllm.engine.probe import CorrectionProbe, probed_head, probed_layer
 from deltamem_vllm.engine.settings import delta_rule, memory_settings, page_layout
 from deltamem_vllm.errors import EngineConfigError
-from deltamem_vllm.ops import BoundStep, StatePages, bind_step, warm_up
+from deltamem_vllm.ops import (
+    BoundCorrection,
+    BoundStep,
+    StatePages,
+    bind_correction,
+    bind_step,
+    warm_up,
+)
 
 logger = init_logger(f"vllm.{__name__}")
+
+QKV_HEADS: Final[tuple[DeltaHead, ...]] = ("q", "k", "v")
+"""As the attention's joint projection has them."""
 
 WARN_KV_SHARE = 0.10
 """Above this share of the KV cache the start-up log warns and proposes a block size."""
@@ -75,6 +86,9 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
         self.step: BoundStep | None = None
+        self.correct_o: BoundCorrection = partial(self._correct, "o")
+        self._step_corrects = False
+        self._dtype = vllm_config.model_config.dtype
         self.loaded = False
         self._made_up = vllm_config.load_config.load_format == "dummy"
         # Known when vLLM has chosen the block size.
@@ -88,8 +102,11 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             return nn.Parameter(torch.zeros(shape, dtype=torch.float32), requires_grad=False)
 
         hidden = attention.hidden_size
+        self._qkv_sizes = [attention.q_size, attention.kv_size, attention.kv_size]
         sizes = {"q": attention.q_size, "k": attention.kv_size, "v": attention.kv_size, "o": hidden}
         self.projection = parameter(self.rule.projection_dim, hidden)
+        self._on_cpu = self.projection.device.type == "cpu"
+        self._is_traced = vllm_config.compilation_config.mode != CompilationMode.NONE
         self.gate_bias = parameter(self.rule.gate_bias_dim)
         self.delta_q, self.delta_k, self.delta_v, self.delta_o = (
             parameter(sizes[head], self.rule.read_dim) if head in config.delta_heads else None
@@ -147,42 +164,33 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
     # Forward
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Write this step's tokens into their memories and read them.
+    def forward(self, hidden_states: Tensor, qkv: Tensor) -> Tensor:
+        """Write this step's tokens into their memories, read them, and correct the projections.
 
         Args:
             hidden_states: [T, hidden] attention input (after the input layer norm).
+            qkv: [T, q_size + 2 * kv_size] what the attention's projections make of it, before any
+                q/k norm and RoPE; s * D read is added in place.
 
         Returns:
             [T, H * r] fp32 reads; each token's read is taken before its own write.
         """
-        projections = nn.functional.linear(hidden_states.float(), self.projection)
         reads = torch.empty(
-            (projections.shape[0], self.rule.read_dim),
+            (hidden_states.shape[0], self.rule.read_dim),
             dtype=torch.float32,
-            device=projections.device,
+            device=hidden_states.device,
         )
-        if projections.device.type == "cpu" and not torch.compiler.is_compiling():
-            # As vLLM's attention does there: the way through the dispatcher is longer than the op.
-            _memory_step(projections, reads, self.layer_name)
-        else:
+        if not self._on_cpu:
+            # Outside of the op, so that a compiler joins it to what is around it.
+            projections = nn.functional.linear(hidden_states.float(), self.projection)
             torch.ops.deltamem.memory_step(projections, reads, self.layer_name)
+            self._correct_qkv(qkv, reads)
+        elif self._is_traced:
+            torch.ops.deltamem.read_and_correct(hidden_states, qkv, reads, self.layer_name)
+        else:
+            # As vLLM's attention does there: the way through the dispatcher is longer than the op.
+            self.read_and_correct(hidden_states, qkv, reads)
         return reads
-
-    def correct_qkv(
-        self, q: Tensor, k: Tensor, v: Tensor, reads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Add s * D read to the fresh projections, in place, before any q/k norm and before RoPE.
-
-        Args:
-            q, k, v: [T, q_size], [T, kv_size], [T, kv_size].
-            reads: [T, H * r] fp32.
-        """
-        return (
-            self._corrected("q", q, self.delta_q, reads),
-            self._corrected("k", k, self.delta_k, reads),
-            self._corrected("v", v, self.delta_v, reads),
-        )
 
     def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
         """Add s * Do read, normalised if the adapter says so, to o_proj's output [T, hidden], in
@@ -190,18 +198,41 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
         Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
         """
-        return self._corrected("o", output, self.delta_o, reads)
+        if not self._on_cpu:
+            self._correct("o", output, reads)
+        elif self._is_traced:
+            torch.ops.deltamem.correct_output(output, reads, self.layer_name)
+        else:
+            self.correct_o(output, reads)
+        return output
 
-    def _corrected(
-        self, head: DeltaHead, base: Tensor, delta: Tensor | None, reads: Tensor
-    ) -> Tensor:
-        """base [T, n], in place, + the correction that reads [T, H * r] make."""
+    def read_and_correct(self, hidden_states: Tensor, qkv: Tensor, reads: Tensor) -> None:
+        """What `forward` does on CPUs, in one call of compiled code."""
+        metadata: Any = get_forward_context().attn_metadata
+        if metadata is None:
+            # A profiling run before the KV cache exists: shapes matter, values do not.
+            reads.zero_()
+            return
+        assert self.step is not None
+        self.step(hidden_states, metadata[self.layer_name].bound, reads, qkv)
+        if not self._step_corrects:
+            self._correct_qkv(qkv, reads)
+
+    def _correct_qkv(self, qkv: Tensor, reads: Tensor) -> None:
+        parts = qkv.split(self._qkv_sizes, dim=-1)
+        for head, base in zip(QKV_HEADS, parts, strict=True):
+            self._correct(head, base, reads)
+
+    def _correct(self, head: DeltaHead, base: Tensor, reads: Tensor) -> None:
+        """Add to base [T, n], in place, the correction that reads [T, H * r] make, if any."""
+        delta: Tensor | None = getattr(self, f"delta_{head}")
         if delta is None:
-            return base
+            return
         norm = self.output_norm if head == "o" else None
         is_probed = self.probe is not None and self.probe.head == head
         if norm is None and not is_probed and base.dtype == reads.dtype:
-            return base.addmm_(reads, delta.t())
+            base.addmm_(reads, delta.t())
+            return
         correction = nn.functional.linear(reads, delta)
         if norm is not None:
             size, eps = (correction.shape[-1],), self.config.delta_o_rmsnorm_eps
@@ -209,7 +240,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         if is_probed:
             assert self.probe is not None
             self.probe(base, correction, reads)
-        return base.add_(correction.to(base.dtype))
+        base.add_(correction.to(base.dtype))
 
     # KV cache
 
@@ -284,13 +315,36 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         pages = kv_cache.flatten(1).view(torch.uint8)
         self.kv_cache = kv_cache
         self.pages = self.layout.views(pages)
+        correction = None
+        if self._on_cpu:
+            correction = self._bind_corrections()
+            self._step_corrects = correction is not None
         self.step = bind_step(
             self.rule,
             self.gate_bias,
             self.pages,
             block_size=self.block_size,
             pages_are_initialised=self.pages_are_initialised,
+            projection=self.projection if self._on_cpu else None,
+            correction=correction,
         )
+
+    def _bind_corrections(self) -> BoundCorrection | None:
+        """Bind those that are nothing but a product; return that of q, k and v together."""
+        probed = self.probe.head if self.probe is not None else None
+        if self.delta_o is not None and self.output_norm is None and probed != "o":
+            self.correct_o = bind_correction(self.delta_o, self._dtype) or self.correct_o
+        rows: list[Tensor] = []
+        before = 0
+        for head, size in zip(QKV_HEADS, self._qkv_sizes, strict=True):
+            if head in self.config.delta_heads:
+                unchanged = before - sum(map(len, rows))
+                rows.append(self.gate_bias.new_zeros(unchanged, self.rule.read_dim))
+                rows.append(getattr(self, f"delta_{head}"))
+            before += size
+        if not rows or probed in QKV_HEADS:
+            return None
+        return bind_correction(torch.cat(rows), self._dtype)
 
     def state_at(self, block: int, num_tokens: int) -> Tensor:
         """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""
@@ -327,16 +381,31 @@ def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:
     layer.step(projections, step.bound, reads)
 
 
-def _memory_step_fake(projections: Tensor, reads: Tensor, layer_name: str) -> None:
-    return None
+def _read_and_correct(hidden_states: Tensor, qkv: Tensor, reads: Tensor, layer_name: str) -> None:
+    layer: MemoryLayer = get_forward_context().no_compile_layers[layer_name]
+    layer.read_and_correct(hidden_states, qkv, reads)
+
+
+def _correct_output(output: Tensor, reads: Tensor, layer_name: str) -> None:
+    layer: MemoryLayer = get_forward_context().no_compile_layers[layer_name]
+    layer.correct_o(output, reads)
+
+
+def _nothing(*_: Any) -> None:
+    """What the ops return where only shapes matter."""
 
 
 _library = Library("deltamem", "FRAGMENT")
-direct_register_custom_op(
-    op_name="memory_step",
+for _name, _function, _changed in (
     # vLLM's breakable CUDA graphs know no splitting ops: they stop where an op says so.
-    op_func=eager_break_during_capture(_memory_step),
-    mutates_args=["reads"],
-    fake_impl=_memory_step_fake,
-    target_lib=_library,
-)
+    ("memory_step", eager_break_during_capture(_memory_step), ["reads"]),
+    ("read_and_correct", _read_and_correct, ["qkv", "reads"]),
+    ("correct_output", _correct_output, ["output"]),
+):
+    direct_register_custom_op(
+        op_name=_name,
+        op_func=_function,
+        mutates_args=_changed,
+        fake_impl=_nothing,
+        target_lib=_library,
+    )

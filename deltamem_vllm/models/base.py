@@ -1,6 +1,6 @@
 """What every backbone with memory shares: attaching the layers and loading the adapter.
 
-A backbone file writes its attention's forward with the memory's three calls, and a class of two
+A backbone file writes its attention's forward with the memory's two calls, and a class of two
 bases; see `qwen3.py`.
 """
 

@@ -13,10 +13,9 @@ class DeltaMemLlamaAttention(LlamaAttention):
     memory: MemoryLayer
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        reads = self.memory(hidden_states)
         qkv, _ = self.qkv_proj(hidden_states)
+        reads = self.memory(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k, v = self.memory.correct_qkv(q, k, v, reads)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))
         return self.memory.correct_output(output, reads)

@@ -13,10 +13,9 @@ class DeltaMemMistralAttention(MistralAttention):
     memory: MemoryLayer
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        reads = self.memory(hidden_states)
         qkv, _ = self.qkv_proj(hidden_states)
+        reads = self.memory(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k, v = self.memory.correct_qkv(q, k, v, reads)
         q, k = self.rotary_emb(positions, q, k)
         if self.do_llama_4_scaling:
             q = (q * self._get_llama_4_attn_scale(positions)).to(q.dtype)

@@ -13,10 +13,9 @@ class DeltaMemQwen3Attention(Qwen3Attention):
     memory: MemoryLayer
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        reads = self.memory(hidden_states)
         qkv, _ = self.qkv_proj(hidden_states)
+        reads = self.memory(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
-        q, k, v = self.memory.correct_qkv(q, k, v, reads)
         q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)
         k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim))).flatten(-2)
         q, k = self.rotary_emb(positions, q, k)

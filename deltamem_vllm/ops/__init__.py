@@ -3,17 +3,18 @@
 `memory_step` advances all requests of an engine's step, for one layer, in one call: packed tokens
 with cumulative lengths go in, reads come out, and state pages are updated in place.
 
-`reference.py` is the definition and the fallback for devices without a kernel; `cpu.py` is the fast
+`reference.py` is the definition and the fallback for devices without a kernel; `cpu/` is the fast
 form for CPUs, `triton.py` the one for GPUs.
 """
 
 import functools
 import logging
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from deltamem_vllm.ops.reference import delta_rule_scan
 from deltamem_vllm.ops.rule import (
@@ -45,11 +46,13 @@ __all__ = [
     "WRITE_UNTIL",
     "Batch",
     "BoundBatch",
+    "BoundCorrection",
     "BoundStep",
     "DeltaRule",
     "SpanPages",
     "StatePages",
     "bind_batch",
+    "bind_correction",
     "bind_step",
     "delta_rule_scan",
     "memory_step",
@@ -135,16 +138,47 @@ def memory_step(
     return reads
 
 
-class BoundStep(Protocol):
-    """`memory_step` of one layer, its bias and pages checked and where they stay."""
+class BoundCorrection(Protocol):
+    """Adds the corrections that reads make, by weights that stay as they are."""
 
-    def __call__(self, projections: Tensor, bound: BoundBatch, reads: Tensor) -> None:
+    def __call__(self, base: Tensor, reads: Tensor) -> None:
+        """base += reads delta^T, in place; the sum is rounded once to the dtype of `base`.
+
+        Args:
+            base: [T, at least n], rows contiguous; its first n columns are corrected.
+            reads: [T, H * r] fp32, contiguous.
+        """
+
+
+def bind_correction(delta: Tensor, dtype: torch.dtype) -> BoundCorrection | None:
+    """A correction in one call; None where nothing is faster than torch.
+
+    Args:
+        delta: [n, H * r] fp32. Must not change later.
+        dtype: of what is corrected.
+    """
+    if delta.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        from deltamem_vllm.ops import cpu
+
+        if cpu.can_pack(delta.shape[0]):
+            return cpu.Correction(delta, dtype)
+    return None
+
+
+class BoundStep(Protocol):
+    """`memory_step` of one layer, its weights and pages checked and where they stay."""
+
+    def __call__(
+        self, source: Tensor, bound: BoundBatch, reads: Tensor, base: Tensor | None = None
+    ) -> None:
         """One step of all requests.
 
         Args:
-            projections: [T, P] fp32, rows contiguous.
+            source: [T, P] fp32 projections, or [T, hidden] of any dtype if the step has the weights
+                that make the one of the other; rows contiguous.
             bound: see `bind_batch`.
             reads: [T, H * r] fp32, contiguous; overwritten.
+            base: what the step's correction corrects, if it has one.
         """
 
 
@@ -155,28 +189,44 @@ def bind_step(
     *,
     block_size: int,
     pages_are_initialised: bool,
+    projection: Tensor | None = None,
+    correction: BoundCorrection | None = None,
 ) -> BoundStep:
     """`memory_step` without what is the same in every step; arguments and errors as there.
 
-    A step of few tokens takes a few microseconds: as long as the checks of its arguments.
+    A step of few tokens takes a few microseconds: as long as the checks of its arguments, and as
+    another call. So on CPUs it takes in what is done before and after it.
+
+    Args:
+        projection: [P, hidden] fp32; steps are then given hidden states. Must not change later.
+        correction: of `bind_correction`.
     """
     _check_layer(rule, gate_bias, pages)
+    if projection is not None:
+        _refuse_others(
+            ("projection", projection, torch.float32, (rule.projection_dim, projection.shape[-1]))
+        )
     if gate_bias.device.type == "cpu":
         from deltamem_vllm.ops import cpu
 
-        return cpu.LayerStep(
-            rule,
-            gate_bias,
-            pages,
-            block_size=block_size,
-            pages_are_initialised=pages_are_initialised,
-        )
+        if projection is None or cpu.can_pack(projection.shape[1]):
+            return cpu.LayerStep(
+                rule,
+                gate_bias,
+                pages,
+                block_size=block_size,
+                pages_are_initialised=pages_are_initialised,
+                projection=projection,
+                correction=cast("cpu.Correction | None", correction),
+            )
     implementation = _implementation(gate_bias.device.type)
 
-    def step(projections: Tensor, bound: BoundBatch, reads: Tensor) -> None:
+    def step(source: Tensor, bound: BoundBatch, reads: Tensor, base: Tensor | None = None) -> None:
+        if projection is not None:
+            source = functional.linear(source.float(), projection)
         implementation(
             rule,
-            projections,
+            source,
             gate_bias,
             pages,
             bound.batch,
@@ -184,6 +234,8 @@ def bind_step(
             block_size=block_size,
             pages_are_initialised=pages_are_initialised,
         )
+        if correction is not None and base is not None:
+            correction(base, reads)
 
     return step
 

@@ -1,0 +1,299 @@
+"""The delta rule on CPUs: one compiled call per layer and step, for all requests.
+
+Importing this module compiles the code, or loads it from numba's cache on disk. Results agree with
+`reference.py` within a few fp32 roundings, and do not depend on how a sequence is cut into steps,
+nor on who shares a step or on threads: each token goes through the same instructions.
+
+What is where: `step.py` says in which order things happen, `numbers.py` how tensors get there,
+`products.py` projects and corrects, `activations.py`, `rows.py` and `spans.py` are the rule, and
+`lanes.py` holds the inner loops, as instructions.
+"""
+
+import ctypes
+import struct
+import threading
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deltamem_vllm.ops.cpu.lanes import LANES, ROWS
+from deltamem_vllm.ops.cpu.numbers import (
+    ALL,
+    BAD_ROW,
+    CALL_NUMBERS,
+    CHECK,
+    CORRECTION_NUMBERS,
+    HIDDEN_BF16,
+    HIDDEN_FP32,
+    LAST_ROWS,
+    LATE_ROWS,
+    NEXT,
+    PHASE,
+    PROJECTIONS,
+    TOKENS,
+    WORD_BYTES,
+)
+from deltamem_vllm.ops.cpu.numbers import ROWS as ROWS_PHASE
+from deltamem_vllm.ops.cpu.products import can_pack, pack
+from deltamem_vllm.ops.cpu.step import run_correction, run_step
+from deltamem_vllm.ops.cpu.team import run_by_team, team_size
+from deltamem_vllm.ops.cpu.views import ACTIVATIONS
+from deltamem_vllm.ops.rule import UPDATE_MODES, Batch, BoundBatch, DeltaRule, StatePages
+
+__all__ = ["Correction", "LayerStep", "bind_batch", "can_pack", "memory_step"]
+
+TILE: Final = 32
+"""Tokens that one thread projects and activates at once: enough to vectorise, few enough for L1."""
+
+TEAM_TILE: Final = 8
+"""The same for several threads."""
+
+TEAM_TOKENS: Final = 32
+"""With fewer tokens, waking the other threads takes longer than what they save."""
+
+
+class LayerStep:
+    """`memory_step` of one layer, whose weights and pages stay where they are.
+
+    Args:
+        rule, gate_bias, pages, block_size, pages_are_initialised: see `memory_step`, whose checks
+            are relied on.
+        projection: [P, hidden] fp32, the weights that make projections of hidden states, which
+            `can_pack`; None for steps that are given projections. A copy is kept.
+        correction: what is done with the reads in the same call.
+    """
+
+    def __init__(
+        self,
+        rule: DeltaRule,
+        gate_bias: Tensor,
+        pages: StatePages,
+        *,
+        block_size: int,
+        pages_are_initialised: bool,
+        projection: Tensor | None = None,
+        correction: "Correction | None" = None,
+    ) -> None:
+        header, states, spans = pages
+        frozen_at = sums_at = marks_at = -1
+        if spans is not None:
+            frozen_at = (spans.frozen.data_ptr() - states.data_ptr()) // WORD_BYTES
+            sums_at = (spans.sums.data_ptr() - states.data_ptr()) // WORD_BYTES
+            marks_at = (spans.marks.data_ptr() - header.data_ptr()) // WORD_BYTES
+        width = -(-rule.rank // ROWS) * ROWS
+        weights = None if projection is None else pack(projection)
+        self._tensors = (gate_bias, pages, weights)
+        self._block_size = block_size
+        self._correction = correction
+        self._numbers = np.array(
+            [
+                gate_bias.data_ptr(),
+                rule.gate_bias_dim,
+                0 if weights is None else weights.data_ptr(),
+                weights is not None and weights.dtype is torch.bfloat16,
+                0 if projection is None else projection.shape[1],
+                rule.projection_dim,
+                header.data_ptr(),
+                header.shape[1],
+                header.stride(0),
+                states.data_ptr(),
+                states.stride(0),
+                states.shape[0],
+                states.shape[1],
+                frozen_at,
+                sums_at,
+                marks_at,
+                rule.num_heads,
+                rule.rank,
+                width,
+                block_size,
+                pages_are_initialised,
+                rule.normalize_qk,
+                rule.couple_lambda,
+                UPDATE_MODES.index(rule.update_mode),
+            ],
+            np.int64,
+        )
+        self._at: int = self._numbers.ctypes.data
+        self._scratch_words = ACTIVATIONS * rule.num_heads * width
+        if weights is not None:
+            self._scratch_words += weights.shape[0] * LANES
+        self._threads = team_size()
+        self._call = (ctypes.c_int64 * CALL_NUMBERS)()
+        self._call_at = ctypes.addressof(self._call)
+
+    def __call__(
+        self, source: Tensor, bound: BoundBatch, reads: Tensor, base: Tensor | None = None
+    ) -> None:
+        """See `deltamem_vllm.ops.BoundStep`.
+
+        Raises:
+            ValueError: a row of the batch points outside of a tensor. Nothing is written then.
+        """
+        if self._tensors[2] is None:
+            kind = PROJECTIONS
+        elif source.dtype is torch.bfloat16:
+            kind = HIDDEN_BF16
+        else:
+            kind = HIDDEN_FP32
+            source = source.float()
+        correction_at = 0
+        if base is not None and self._correction is not None:
+            self._correction.prepare(base, reads)
+            correction_at = self._correction.at
+        tokens = reads.shape[0]
+        as_team = self._threads > 1 and tokens >= TEAM_TOKENS
+        _CALL.pack_into(
+            self._call,
+            0,
+            self._at,
+            bound.at,
+            source.data_ptr(),
+            source.stride(0),
+            kind,
+            tokens,
+            reads.data_ptr(),
+            _scratch.at(tokens * self._scratch_words),
+            correction_at,
+            CHECK if as_team else ALL,
+            TEAM_TILE if as_team else TILE,
+            0,
+            -1,
+            0,
+        )
+        run_step(self._call_at)
+        if self._call[BAD_ROW] >= 0:
+            self._raise(bound, tokens)
+        if as_team:
+            for phase in (TOKENS, ROWS_PHASE):
+                self._call[PHASE], self._call[NEXT] = phase, 0
+                run_by_team(run_step, self._call_at, self._threads)
+            if self._call[LATE_ROWS]:
+                self._call[PHASE] = LAST_ROWS
+                run_step(self._call_at)
+            if correction_at:
+                run_by_team(run_correction, correction_at, self._threads)
+
+    def _raise(self, bound: BoundBatch, tokens: int) -> None:
+        row, batch, pages = self._call[BAD_ROW], bound.batch, self._tensors[1]
+        raise ValueError(
+            f"row {row} of the batch points outside of its tensors: {batch.seq_lens[row]} tokens, "
+            f"queries {batch.query_start_loc[row : row + 2].tolist()} of {tokens}, "
+            f"{batch.block_table.shape[1]} blocks of {self._block_size} in its table, pages 0 to "
+            f"{len(pages.states) - 1}"
+        )
+
+
+class Correction:
+    """base += reads delta^T, in place, rounded once to the dtype of `base`.
+
+    Args:
+        delta: [n, H * r] fp32; n is one that `can_pack`. A copy is kept.
+        dtype: of `base`: fp32 or bf16.
+    """
+
+    def __init__(self, delta: Tensor, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._columns, self._read_dim = delta.shape
+        self._weights = pack(delta)
+        self._weights_at = self._weights.data_ptr()
+        self._threads = team_size()
+        self._numbers = (ctypes.c_int64 * CORRECTION_NUMBERS)()
+        self.at = ctypes.addressof(self._numbers)
+
+    def __call__(self, base: Tensor, reads: Tensor) -> None:
+        """See `deltamem_vllm.ops.BoundCorrection`."""
+        self.prepare(base, reads)
+        if self._threads > 1 and base.shape[0] >= TEAM_TOKENS:
+            run_by_team(run_correction, self.at, self._threads)
+        else:
+            run_correction(self.at)
+
+    def prepare(self, base: Tensor, reads: Tensor) -> None:
+        """Write down what a call of compiled code at `at` shall correct.
+
+        Raises:
+            TypeError: the dtype is not that of the correction.
+        """
+        if base.dtype is not self._dtype:
+            raise TypeError(f"expected {self._dtype}, got {base.dtype}")
+        _CORRECTION.pack_into(
+            self._numbers,
+            0,
+            base.data_ptr(),
+            base.stride(0),
+            self._dtype is torch.bfloat16,
+            self._columns,
+            base.shape[0],
+            reads.data_ptr(),
+            self._read_dim,
+            self._weights_at,
+            self._weights.dtype is torch.bfloat16,
+            0,
+        )
+
+
+_CALL = struct.Struct(f"{CALL_NUMBERS}q")
+_CORRECTION = struct.Struct(f"{CORRECTION_NUMBERS}q")
+
+
+class _Scratch(threading.local):
+    """Memory of this thread between the phases of a call; kept, as fresh pages cost time."""
+
+    def __init__(self) -> None:
+        self._words = torch.empty(0)
+        self._address = 0
+
+    def at(self, words: int) -> int:
+        """The address of at least so many fp32 numbers."""
+        if words > self._words.numel():
+            self._words = torch.empty(words)
+            self._address = self._words.data_ptr()
+        return self._address
+
+
+_scratch = _Scratch()
+
+
+def bind_batch(batch: Batch) -> BoundBatch:
+    """A step's batch for `LayerStep`."""
+    numbers = np.array(
+        [
+            batch.block_table.data_ptr(),
+            batch.block_table.shape[1],
+            batch.block_table.stride(0),
+            batch.query_start_loc.data_ptr(),
+            batch.seq_lens.data_ptr(),
+            batch.seq_lens.shape[0],
+        ],
+        np.int64,
+    )
+    return BoundBatch(batch, numbers, numbers.ctypes.data)
+
+
+def memory_step(
+    rule: DeltaRule,
+    projections: Tensor,
+    gate_bias: Tensor,
+    pages: StatePages,
+    batch: Batch,
+    reads: Tensor,
+    *,
+    block_size: int,
+    pages_are_initialised: bool,
+) -> None:
+    """One step of all requests; see `deltamem_vllm.ops.memory_step`, whose checks it relies on.
+
+    Raises:
+        ValueError: a row of the batch points outside of a tensor.
+    """
+    step = LayerStep(
+        rule,
+        gate_bias,
+        pages,
+        block_size=block_size,
+        pages_are_initialised=pages_are_initialised,
+    )
+    step(projections, bind_batch(batch), reads)
