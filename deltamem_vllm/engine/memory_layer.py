@@ -6,6 +6,7 @@ corrects the fresh projections with them; `correct_output` corrects the attentio
 arithmetic is fp32 whatever the model's dtype is.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -86,7 +87,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
         self.step: BoundStep | None = None
-        self.correct_o: BoundCorrection = partial(self._correct, "o")
+        self.correct_o: Callable[[Tensor, Tensor], None] = partial(self._correct, "o")
         self._step_corrects = False
         self._dtype = vllm_config.model_config.dtype
         self.loaded = False
@@ -332,8 +333,10 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
     def _bind_corrections(self) -> BoundCorrection | None:
         """Bind those that are nothing but a product; return that of q, k and v together."""
         probed = self.probe.head if self.probe is not None else None
-        if self.delta_o is not None and self.output_norm is None and probed != "o":
-            self.correct_o = bind_correction(self.delta_o, self._dtype) or self.correct_o
+        if self.delta_o is not None and self.output_norm is None:
+            bound = bind_correction(self.delta_o, self._dtype)
+            if bound is not None:
+                self.correct_o = partial(self._measure, bound) if probed == "o" else bound
         rows: list[Tensor] = []
         before = 0
         for head, size in zip(QKV_HEADS, self._qkv_sizes, strict=True):
@@ -345,6 +348,11 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         if not rows or probed in QKV_HEADS:
             return None
         return bind_correction(torch.cat(rows), self._dtype)
+
+    def _measure(self, correction: BoundCorrection, base: Tensor, reads: Tensor) -> None:
+        assert self.probe is not None
+        correction.add_norms(base, reads, self.probe.sums)
+        correction(base, reads)
 
     def state_at(self, block: int, num_tokens: int) -> Tensor:
         """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""

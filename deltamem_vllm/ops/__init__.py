@@ -149,6 +149,11 @@ class BoundCorrection(Protocol):
             reads: [T, H * r] fp32, contiguous.
         """
 
+    def add_norms(self, base: Tensor, reads: Tensor, sums: Tensor) -> None:
+        """Before that: add the squared norms of the corrections, and of what will be corrected, to
+        `sums` [2], fp32; of tokens that read something.
+        """
+
 
 def bind_correction(delta: Tensor, dtype: torch.dtype) -> BoundCorrection | None:
     """A correction in one call; None where nothing is faster than torch.
@@ -337,6 +342,16 @@ def _check_layer(rule: DeltaRule, gate_bias: Tensor, pages: StatePages) -> None:
 def _check_batch(batch: Batch) -> None:
     rows = batch.seq_lens.shape[0]
     table, starts, lengths = batch.block_table, batch.query_start_loc, batch.seq_lens
+    if (
+        table.dtype is starts.dtype is lengths.dtype is torch.int32
+        and table.dim() == 2
+        and table.shape[0] == rows == starts.shape[0] - 1
+        and table.stride(1) == 1
+        and table.stride(0) >= table.shape[1]
+        and starts.stride() == lengths.stride() == (1,)
+    ):
+        # The usual case; what follows is slow, and says what is wrong.
+        return
     _refuse_others(
         ("batch.block_table", table, torch.int32, (rows, table.shape[-1])),
         ("batch.query_start_loc", starts, torch.int32, (rows + 1,)),

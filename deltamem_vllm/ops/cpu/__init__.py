@@ -25,19 +25,22 @@ from deltamem_vllm.ops.cpu.numbers import (
     CALL_NUMBERS,
     CHECK,
     CORRECTION_NUMBERS,
+    GRAM,
     HIDDEN_BF16,
     HIDDEN_FP32,
     LAST_ROWS,
     LATE_ROWS,
     NEXT,
+    NORMS,
     PHASE,
     PROJECTIONS,
+    STEP_NUMBERS,
     TOKENS,
     WORD_BYTES,
 )
 from deltamem_vllm.ops.cpu.numbers import ROWS as ROWS_PHASE
 from deltamem_vllm.ops.cpu.products import can_pack, pack
-from deltamem_vllm.ops.cpu.step import run_correction, run_step
+from deltamem_vllm.ops.cpu.step import run_correction, run_norms, run_step
 from deltamem_vllm.ops.cpu.team import run_by_team, team_size
 from deltamem_vllm.ops.cpu.views import ACTIVATIONS
 from deltamem_vllm.ops.rule import UPDATE_MODES, Batch, BoundBatch, DeltaRule, StatePages
@@ -195,7 +198,8 @@ class Correction:
     """
 
     def __init__(self, delta: Tensor, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+        self._delta, self._dtype = delta, dtype
+        self._gram: Tensor | None = None
         self._columns, self._read_dim = delta.shape
         self._weights = pack(delta)
         self._weights_at = self._weights.data_ptr()
@@ -210,6 +214,18 @@ class Correction:
             run_by_team(run_correction, self.at, self._threads)
         else:
             run_correction(self.at)
+
+    def add_norms(self, base: Tensor, reads: Tensor, sums: Tensor) -> None:
+        """Add squared norms, of the correction and of what it will be added to, to fp32 `sums` [2].
+
+        Tokens that read nothing do not count.
+        """
+        self.prepare(base, reads)
+        if self._gram is None:
+            delta = self._delta.double()
+            self._gram = (delta.t() @ delta).float()
+        self._numbers[GRAM], self._numbers[NORMS] = self._gram.data_ptr(), sums.data_ptr()
+        run_norms(self.at)
 
     def prepare(self, base: Tensor, reads: Tensor) -> None:
         """Write down what a call of compiled code at `at` shall correct.
@@ -232,9 +248,12 @@ class Correction:
             self._weights_at,
             self._weights.dtype is torch.bfloat16,
             0,
+            0,
+            0,
         )
 
 
+_StepNumbers = ctypes.c_int64 * STEP_NUMBERS
 _CALL = struct.Struct(f"{CALL_NUMBERS}q")
 _CORRECTION = struct.Struct(f"{CORRECTION_NUMBERS}q")
 
@@ -259,18 +278,16 @@ _scratch = _Scratch()
 
 def bind_batch(batch: Batch) -> BoundBatch:
     """A step's batch for `LayerStep`."""
-    numbers = np.array(
-        [
-            batch.block_table.data_ptr(),
-            batch.block_table.shape[1],
-            batch.block_table.stride(0),
-            batch.query_start_loc.data_ptr(),
-            batch.seq_lens.data_ptr(),
-            batch.seq_lens.shape[0],
-        ],
-        np.int64,
+    table, lengths = batch.block_table, batch.seq_lens
+    numbers = _StepNumbers(
+        table.data_ptr(),
+        table.shape[1],
+        table.stride(0),
+        batch.query_start_loc.data_ptr(),
+        lengths.data_ptr(),
+        lengths.shape[0],
     )
-    return BoundBatch(batch, numbers, numbers.ctypes.data)
+    return BoundBatch(batch, numbers, ctypes.addressof(numbers))
 
 
 def memory_step(

@@ -271,6 +271,31 @@ def add_corrections(
 
 
 @intrinsic
+def sum_of_squares(_: Any, bf16: Any, source: Any, count: Any) -> Any:
+    """Of fp32 numbers, or of bf16 ones if the flag says so; `count` is a multiple of `LANES`."""
+
+    def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
+        bf16, source, count = given
+        vectors = Vectors(builder)
+        total = vectors.variable()
+
+        def squares(bf16: bool) -> None:
+            load = vectors.load_bfloat16 if bf16 else vectors.load
+            with cgutils.for_range_slice(builder, _long(0), count, _long(LANES), LONG) as (at, _):
+                numbers = load(vectors.at(source, at, 2 if bf16 else 4))
+                builder.store(vectors.fused(numbers, numbers, builder.load(total)), total)
+
+        _for_each(builder, [bf16], squares)
+        lanes = builder.load(total)
+        result = builder.extract_element(lanes, ir.Constant(INT, 0))
+        for lane in range(1, LANES):
+            result = builder.fadd(result, builder.extract_element(lanes, ir.Constant(INT, lane)))
+        return result
+
+    return types.float32(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
 def widen(_: Any, source: Any, count: Any, target: Any) -> Any:
     """Copy bf16 numbers to fp32 ones; `count` is a multiple of `LANES`."""
 

@@ -81,7 +81,9 @@ CHECK, TOKENS, ROWS, LAST_ROWS, ALL = range(5)
     DELTA,  # packed like the weights
     DELTA_IS_BF16,
     BASE_NEXT,
+    GRAM,  # [H * r, H * r] fp32, delta^T delta
+    NORMS,  # two fp32 sums
     CORRECTION_NUMBERS,
-) = range(11)
+) = range(13)
 
 WORD_BYTES: Final = 4

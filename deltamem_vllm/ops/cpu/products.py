@@ -7,9 +7,10 @@ from typing import Final
 
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
-from deltamem_vllm.ops.cpu.compiler import compiled
+from deltamem_vllm.ops.cpu.compiler import compiled, compiled_once
 from deltamem_vllm.ops.cpu.functions import ZERO
 from deltamem_vllm.ops.cpu.lanes import (
     LANES,
@@ -17,6 +18,7 @@ from deltamem_vllm.ops.cpu.lanes import (
     add_corrections,
     add_products,
     floats_at,
+    sum_of_squares,
     widen,
 )
 from deltamem_vllm.ops.cpu.numbers import (
@@ -25,9 +27,12 @@ from deltamem_vllm.ops.cpu.numbers import (
     BASE_IS_BF16,
     BASE_READS,
     BASE_STRIDE,
+    BASE_TOKENS,
     DELTA,
     DELTA_IS_BF16,
+    GRAM,
     HIDDEN_BF16,
+    NORMS,
     READ_DIM,
     WORD_BYTES,
     Numbers,
@@ -128,3 +133,28 @@ def correct(numbers: Numbers, first: int, last: int) -> None:
                 stride,
             )
         token += together
+
+
+@compiled_once
+def add_norms(numbers: Numbers) -> None:
+    """Add up squared norms of corrections and of what they correct, before it is corrected.
+
+    Tokens whose reads are all 0 do not count.
+    """
+    read_dim = numbers[READ_DIM]
+    reads = carray(floats_at(numbers[BASE_READS]), (numbers[BASE_TOKENS], read_dim))
+    gram = carray(floats_at(numbers[GRAM]), (read_dim, read_dim))
+    sums = floats_at(numbers[NORMS])
+    element = 2 if numbers[BASE_IS_BF16] else WORD_BYTES
+    for token in range(numbers[BASE_TOKENS]):
+        correction, reads_something = ZERO, False
+        for i in range(read_dim):
+            row = ZERO
+            for j in range(read_dim):
+                row += gram[i, j] * reads[token, j]
+            correction += row * reads[token, i]
+            reads_something = reads_something or reads[token, i] != ZERO
+        if reads_something:
+            base = numbers[BASE] + token * numbers[BASE_STRIDE] * element
+            sums[0] += correction
+            sums[1] += sum_of_squares(numbers[BASE_IS_BF16], base, numbers[BASE_COLUMNS])

@@ -61,7 +61,7 @@ from deltamem_vllm.ops.cpu.numbers import (
     WIDTH,
     Numbers,
 )
-from deltamem_vllm.ops.cpu.products import correct, project
+from deltamem_vllm.ops.cpu.products import add_norms, correct, project
 from deltamem_vllm.ops.cpu.rows import run_row
 from deltamem_vllm.ops.cpu.views import ERASE, KEEP, KEY, QUERY, WRITTEN
 
@@ -237,8 +237,19 @@ def _make_correction(sources: int):  # type: ignore[no-untyped-def]  # a plain f
     return run
 
 
+def _make_norms(sources: int):  # type: ignore[no-untyped-def]  # a plain function of an address
+    def run(address: int) -> None:
+        _ = sources
+        add_norms(carray(longs_at(address), (CORRECTION_NUMBERS,)))
+
+    return run
+
+
 run_step = entry_point(_make_step)
 """Run a phase; takes the address of a call's numbers."""
 
 run_correction = entry_point(_make_correction)
 """Takes the address of a correction's numbers."""
+
+run_norms = entry_point(_make_norms)
+"""The same; before the correction."""
