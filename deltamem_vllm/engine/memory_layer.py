@@ -1,7 +1,7 @@
 """The memory of one attention layer inside vLLM.
 
 `MemoryLayer` owns the adapter's weights for its layer and a state page per block of the layer's KV
-cache. `forward` turns the attention's input into reads, for all requests of the step in ONE op, and
+cache. `read` turns the attention's input into reads, for all requests of the step in ONE op, and
 corrects the fresh projections with them; `correct_output` corrects the attention's output. Memory
 arithmetic is fp32 whatever the model's dtype is.
 """
@@ -165,7 +165,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
     # Forward
 
-    def forward(self, hidden_states: Tensor, qkv: Tensor) -> Tensor:
+    def read(self, hidden_states: Tensor, qkv: Tensor) -> Tensor:
         """Write this step's tokens into their memories, read them, and correct the projections.
 
         Args:
@@ -208,7 +208,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         return output
 
     def read_and_correct(self, hidden_states: Tensor, qkv: Tensor, reads: Tensor) -> None:
-        """What `forward` does on CPUs, in one call of compiled code."""
+        """What `read` does on CPUs, in one call of compiled code."""
         metadata: Any = get_forward_context().attn_metadata
         if metadata is None:
             # A profiling run before the KV cache exists: shapes matter, values do not.

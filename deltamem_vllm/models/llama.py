@@ -14,7 +14,7 @@ class DeltaMemLlamaAttention(LlamaAttention):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        reads = self.memory(hidden_states, qkv)
+        reads = self.memory.read(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         output, _ = self.o_proj(self.attn(q, k, v))

@@ -14,7 +14,7 @@ class DeltaMemMistralAttention(MistralAttention):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        reads = self.memory(hidden_states, qkv)
+        reads = self.memory.read(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q, k = self.rotary_emb(positions, q, k)
         if self.do_llama_4_scaling:

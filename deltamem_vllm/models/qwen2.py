@@ -14,7 +14,7 @@ class DeltaMemQwen2Attention(Qwen2Attention):
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
         qkv, _ = self.qkv_proj(hidden_states)
-        reads = self.memory(hidden_states, qkv)
+        reads = self.memory.read(hidden_states, qkv)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         if self.qk_norm:
             q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2)

@@ -47,7 +47,7 @@ def entry_point(make: Callable[[int], Callable[[int], None]]) -> Any:
     Returns:
         A ctypes function.
     """
-    function = make(_sources())
+    function = make(digest_of_sources())
     signature = "void(int64)"
     try:
         entry = numba.cfunc(signature, cache=True, **OPTIONS)(function)
@@ -64,7 +64,7 @@ _entries: list[Any] = []
 """What ctypes functions point into must stay."""
 
 
-def _sources() -> int:
+def digest_of_sources() -> int:
     """A digest of everything that may be compiled into an entry point."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("*.py")), here.parent / "rule.py", here.parent / "reference.py"]

@@ -19,6 +19,9 @@ FLOAT, HALF, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntT
 CHAINS: Final = 2
 """Sums that a product of many factors is split into: one alone would wait for its own result."""
 
+CACHE_LINE: Final = 64
+"""Bytes that memory hands over at once."""
+
 TOGETHER: Final = 4
 """Tokens that share each load of a weight."""
 
@@ -152,6 +155,26 @@ def take(_: Any, address: Any) -> Any:
         return builder.atomic_rmw("add", pointer, _long(1), "monotonic")
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def prefetch(_: Any, address: Any, count: Any) -> Any:
+    """Ask for so many bytes, which somebody will soon read, without waiting for them."""
+
+    def generate(builder: Any, given: Any) -> None:
+        address, count = given
+        byte = ir.IntType(8).as_pointer()
+        function = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, INT, INT, INT]),
+            "llvm.prefetch.p0",
+        )
+        read, near, data = (ir.Constant(INT, value) for value in (0, 2, 1))
+        with cgutils.for_range_slice(builder, _long(0), count, _long(CACHE_LINE), LONG) as (at, _):
+            pointer = builder.inttoptr(builder.add(address, at), byte)
+            builder.call(function, [pointer, read, near, data])
+
+    return _of_addresses(2, generate)
 
 
 # Products. Flags are int64; the code for each combination is apart, so none is asked in a loop.

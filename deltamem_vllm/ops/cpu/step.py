@@ -19,7 +19,7 @@ from deltamem_vllm.ops.cpu import views
 from deltamem_vllm.ops.cpu.activations import coefficients, normalise, unpack
 from deltamem_vllm.ops.cpu.compiler import compiled, compiled_once, entry_point
 from deltamem_vllm.ops.cpu.functions import ZERO
-from deltamem_vllm.ops.cpu.lanes import longs_at, take
+from deltamem_vllm.ops.cpu.lanes import longs_at, prefetch, take
 from deltamem_vllm.ops.cpu.numbers import (
     ALL,
     BAD_ROW,
@@ -31,6 +31,8 @@ from deltamem_vllm.ops.cpu.numbers import (
     CORRECTION,
     CORRECTION_NUMBERS,
     COUPLE_LAMBDA,
+    HEADER,
+    HEADER_STRIDE,
     HEADER_WORDS,
     HEADS,
     HIDDEN_SIZE,
@@ -50,7 +52,10 @@ from deltamem_vllm.ops.cpu.numbers import (
     PHASE,
     PROJECTIONS,
     RANK,
+    RING,
     ROWS,
+    STATES,
+    STATES_STRIDE,
     STEP,
     STEP_NUMBERS,
     TABLE_WIDTH,
@@ -59,11 +64,15 @@ from deltamem_vllm.ops.cpu.numbers import (
     WEIGHTS,
     WEIGHTS_ARE_BF16,
     WIDTH,
+    WORD_BYTES,
     Numbers,
 )
 from deltamem_vllm.ops.cpu.products import add_norms, correct, project
 from deltamem_vllm.ops.cpu.rows import run_row
 from deltamem_vllm.ops.cpu.views import ERASE, KEEP, KEY, QUERY, WRITTEN
+
+PREFETCHED: Final = 1024
+"""Bytes of a state that are asked for in advance; more would not fit beside all else."""
 
 CORRECTION_TILE: Final = 16
 """Tokens that one thread corrects at a time."""
@@ -111,6 +120,21 @@ def _check(layer: Numbers, step: Numbers, call: Numbers) -> None:
             call[BAD_ROW] = row
             return
         call[LATE_ROWS] += _is_late(layer, step, row)
+
+
+@compiled
+def _prefetch_pages(layer: Numbers, step: Numbers) -> None:
+    """Ask for the pages that rows will load, each somewhere else, while tokens are projected."""
+    table = views.block_table(step)
+    state_bytes = layer[HEADS] * layer[RANK] * layer[RANK] * WORD_BYTES
+    for row in range(step[NUM_ROWS]):
+        if _has_tokens(step, row):
+            before = _context(step, row)
+            page = table[row, max(before - 1, 0) // layer[BLOCK_SIZE]]
+            slot = layer[STATES] + page * layer[STATES_STRIDE] * WORD_BYTES
+            slot += before % layer[RING] * state_bytes
+            prefetch(slot, min(state_bytes, PREFETCHED))
+            prefetch(layer[HEADER] + page * layer[HEADER_STRIDE] * WORD_BYTES, WORD_BYTES)
 
 
 @compiled
@@ -211,6 +235,7 @@ def _make_step(sources: int):  # type: ignore[no-untyped-def]  # a plain functio
             _check(layer, step, call)
             if call[BAD_ROW] >= 0:
                 return
+            _prefetch_pages(layer, step)
         if phase in (TOKENS, ALL):
             while True:
                 tile = take(address + NEXT * 8)
