@@ -147,10 +147,11 @@ def make_random_qwen3(folder: Path, layers: int, dtype: str, **changes: Any) -> 
     model.save_pretrained(folder)
 
 
-def make_adapter(folder: Path, model: Path, states: int = 1) -> None:
-    """Write a random adapter for `model`: rank 8, one write per token, corrections of q and o.
+def make_adapter(folder: Path, model: str, states: int = 1) -> None:
+    """Write a random adapter of rank 8: one write per token, corrections of q and o.
 
     Args:
+        model: folder or hub id of the checkpoint it is for.
         states: 1 (TSW) or more (MSW).
     """
     import torch
@@ -164,7 +165,7 @@ def make_adapter(folder: Path, model: Path, states: int = 1) -> None:
     )
     from deltamem_vllm.config import DeltaMemConfig
 
-    shape = BackboneShape.from_dir(model)
+    shape = BackboneShape.from_config_dict(base_config(model))
     config = DeltaMemConfig(rank=8, delta_heads=("q", "o"), num_state_heads=states)
     shapes = layer_tensor_shapes(
         config, hidden_size=shape.hidden_size, q_size=shape.q_size, kv_size=shape.kv_size

@@ -137,7 +137,7 @@ def _save_tokenizer(facts: dict[str, Any], folder: Path) -> None:
     core.add_special_tokens(special)
 
     def token(name: str) -> str:
-        return tokens[facts[f"tokenizer.ggml.{name}_token_id"]]
+        return tokens[int(facts[f"tokenizer.ggml.{name}_token_id"])]
 
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,

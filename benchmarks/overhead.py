@@ -72,8 +72,12 @@ from benchmarks.reference import (
 )
 
 MODES = ("eager", "compiled")
+QUICK_PREFILL, FULL_PREFILL = (512, 8192), (512, 2048, 8192, 32768)
 ENGINES = (OURS, MSW4)
 """Beside stock vLLM."""
+
+OUTPUTS = ("json", "plot", "cache", "reference")
+"""Arguments that are paths of this machine, not settings."""
 
 KV_CACHE_GIB = 2
 ENGINE_GIB = 3.0 + KV_CACHE_GIB
@@ -82,19 +86,22 @@ ENGINE_GIB = 3.0 + KV_CACHE_GIB
 MIN_BATCHED, MAX_BATCHED = 4096, 8192
 """Fewest and most tokens of an engine's step; prompts beyond the most go in chunks."""
 
-LONG_ROUNDS = 3
+QUICK_LONG_ROUNDS, FULL_LONG_ROUNDS = 1, 3
 """Rounds, at most, in which long prompts are measured."""
 
 
 def measure_in_turns(
-    engines: Mapping[str, Engine], jobs: Sequence[Job], rounds: int
+    engines: Mapping[str, Engine], jobs: Sequence[Job], rounds: int, long_rounds: int
 ) -> list[dict[str, Any]]:
-    """Run every job on all engines, `rounds` times, after one round that is thrown away."""
+    """Run every job on all engines, `rounds` times, after one round that is thrown away.
+
+    Long prompts are run `long_rounds` times, without that round.
+    """
     samples = []
     for number in range(rounds + 1):
         progress.print("warming up" if number == 0 else f"round {number} of {rounds}")
         for job in jobs:
-            if job.is_long and not 1 <= number <= LONG_ROUNDS:
+            if job.is_long and not 1 <= number <= long_rounds:
                 continue
             for name in in_turns(list(engines), number):
                 cost = engines[name].run(replace(job, seed=number))
@@ -121,16 +128,13 @@ def specs_of(
     given: argparse.Namespace, model: str, jobs: Sequence[Job], scratch: Path
 ) -> dict[str, EngineSpec]:
     """How each engine is started, stock vLLM first; `eager` is set by mode."""
-    from deltamem_vllm.adapter import resolve_base_dir
-
     adapters: dict[str, str | None] = {STOCK: None}
     for name in given.engines:
         adapters[name] = str(scratch / name)
         if name == OURS and given.adapter:
             adapters[name] = given.adapter
             continue
-        folder = resolve_base_dir(model, config_only=True)
-        backbones.make_adapter(scratch / name, folder, states=4 if name == MSW4 else 1)
+        backbones.make_adapter(scratch / name, model, states=4 if name == MSW4 else 1)
     prompts = [job.size for job in jobs if job.kind == "prefill"]
     spec = EngineSpec(
         model=model,
@@ -204,7 +208,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--prefill",
         type=int_list,
-        help="default 512,2048,8192,32768; with --quick 512,2048,8192",
+        help="default 512,2048,8192,32768; with --quick 512,8192",
     )
     options.add_argument(
         "--load", type=int_list, help="requests of a load; default 64, with --quick 8"
@@ -255,16 +259,17 @@ def main() -> None:
             max_model_len=specs[STOCK].max_model_len,
             max_batched_tokens=specs[STOCK].max_batched_tokens,
         )
+        long_rounds = QUICK_LONG_ROUNDS if given.quick else FULL_LONG_ROUNDS
         samples, by_mode = [], {}
         for mode in given.mode:
             progress.print(f"starting {len(specs)} engines, {mode}")
             started = {name: replace(spec, eager=mode == "eager") for name, spec in specs.items()}
             with running_engines(started, measure) as engines:
-                measured = measure_in_turns(engines, jobs, given.rounds)
+                measured = measure_in_turns(engines, jobs, given.rounds, long_rounds)
             by_mode[mode] = summarise(measured, jobs)
             samples += [{"mode": mode, **sample} for sample in measured]
 
-    run = f"{given.threads} thread(s), {given.rounds} rounds{', quick' if given.quick else ''}"
+    run = f"{given.threads} thread(s), {given.rounds} round(s){', quick' if given.quick else ''}"
     title = f"{backbone.description}, {given.dtype}, {run}"
     for mode, summary in by_mode.items():
         show(summary, jobs, list(specs), f"{title}, {mode}")
@@ -288,10 +293,6 @@ def main() -> None:
         write_json(given.json, described, samples, summary)
     if given.plot:
         plot(by_mode, jobs, list(specs), title, given.plot)
-
-
-OUTPUTS = ("json", "plot", "cache", "reference")
-"""Arguments that are paths of this machine, not settings."""
 
 
 if __name__ == "__main__":

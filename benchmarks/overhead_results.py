@@ -96,12 +96,11 @@ def plot(
     chart, panels = figure(len(kinds), title)
     for panel, kind in zip(panels, kinds, strict=True):
         heading, label = TITLES[kind]
-        panel.set(title=heading, xlabel=label, ylabel="time, ratio to stock vLLM", xscale="log")
+        panel.set(title=heading, xlabel=label, ylabel="time, ratio to stock vLLM")
         sizes = [job for job in jobs if job.kind == kind]
-        panel.set_xticks(
-            [job.size for job in sizes], [f"{job.size:,}" for job in sizes], minor=False
-        )
-        panel.minorticks_off()
+        places = range(len(sizes))
+        panel.set_xticks(places, [f"{job.size:,}" for job in sizes])
+        panel.margins(x=0.2)
         panel.axhline(1, color="#888", linewidth=1)
         for mode, summary in by_mode.items():
             for engine in engines:
@@ -116,7 +115,7 @@ def plot(
                 below = [max(0, mid - end) for mid, end in zip(ratio, low, strict=True)]
                 above = [max(0, end - mid) for mid, end in zip(ratio, high, strict=True)]
                 panel.errorbar(
-                    [job.size for job in sizes],
+                    places,
                     ratio,
                     yerr=(below, above),
                     label=f"{engine}, {mode}",

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from benchmarks.backbones import make_random_qwen3
 from benchmarks.common import compare, console, progress
-from benchmarks.engines import in_turns, timed
+from benchmarks.engines import Cost, in_turns, timed
 
 PLAIN, MEMORY = "plain", "deltamem"
 PROMPT = 32
@@ -90,22 +91,28 @@ def _measure(run: ReferenceRun) -> list[dict[str, Any]]:
             token = output.logits[:, -1].argmax(-1, keepdim=True)
             output = forward(model, token, output.past_key_values)
 
+    def measure(model: Any) -> dict[str, Cost]:
+        delta.reset_delta_mem_states(model)
+        prefill = timed(partial(forward, model, long))
+        delta.reset_delta_mem_states(model)
+        start = forward(model, short)
+        return {"prefill": prefill, "decode": timed(partial(decode, model, start))}
+
     samples = []
     with torch.inference_mode():
         for number in range(run.rounds + 1):  # the first round is thrown away
             for name in in_turns([PLAIN, MEMORY], number):
-                model = models[name]
-                delta.reset_delta_mem_states(model)
-                prefill = timed(lambda model=model: forward(model, long))
-                delta.reset_delta_mem_states(model)
-                start = forward(model, short)
-                steps = timed(lambda model=model, start=start: decode(model, start))
-                if number:
-                    common = {"engine": f"reference_{name}", "round": number}
-                    samples += [
-                        {"job": "reference_prefill", **common, **prefill._asdict()},
-                        {"job": "reference_decode", **common, **steps._asdict()},
-                    ]
+                costs = measure(models[name])
+                samples += [
+                    {
+                        "job": f"reference_{kind}",
+                        "engine": f"reference_{name}",
+                        "round": number,
+                        **cost._asdict(),
+                    }
+                    for kind, cost in costs.items()
+                    if number
+                ]
     return samples
 
 
