@@ -13,7 +13,8 @@ Two questions, stock vLLM and vLLM with delta-mem (rank 8, one state) in turns i
    history was written into a session before, and its text and KV cache are gone; stock vLLM has it
    in its context. `history_<engine>_step_us_per_1k` is how much longer a decode step takes for each
    1,024 tokens of history, `history_<engine>_first_us_per_1k` how much longer the first token does:
-   the session's should be near 0.
+   the session's should be near 0. Prefix caching is off: the first token of stock vLLM is that of
+   a history it must read (again); a hit would spare that, as long as the KV cache is kept.
 
 How to read it: slopes of a busy machine are noise where they are small; compare the two engines'.
 """
