@@ -10,9 +10,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.common import progress
 
@@ -36,6 +38,8 @@ class EngineSpec:
     max_batched_tokens: int
     max_requests: int
     vocab_size: int
+    gpu_share: float = 0.9
+    """Of a GPU's memory, where there is one."""
 
 
 class Cost(NamedTuple):
@@ -87,6 +91,7 @@ def start(spec: EngineSpec) -> Any:
         "max_num_seqs": spec.max_requests,
         "enable_prefix_caching": False,
         "skip_tokenizer_init": True,
+        "gpu_memory_utilization": spec.gpu_share,
     }
     from benchmarks.backbones import base_config
 
@@ -174,7 +179,10 @@ class Engine:
 def running_engines(
     specs: Mapping[str, EngineSpec], measure: Callable[..., Any]
 ) -> Iterator[dict[str, Engine]]:
-    """Start engines together; yield them by name.
+    """Start engines, and yield them by name.
+
+    They start together, but on a GPU one after another: there each one measures what it may take,
+    an equal share.
 
     Args:
         specs: by name.
@@ -183,10 +191,15 @@ def running_engines(
     """
     engines: dict[str, Engine] = {}
     try:
+        together = not torch.cuda.is_available()
         for name, spec in specs.items():
-            engines[name] = Engine(spec, measure)
+            shared = spec if together else replace(spec, gpu_share=0.9 / len(specs))
+            engines[name] = Engine(shared, measure)
+            if not together:
+                engines[name].wait_until_started()
         for name, engine in engines.items():
-            engine.wait_until_started()
+            if together:
+                engine.wait_until_started()
             progress.print(f"engine {name}: started")
         yield engines
     finally:

@@ -66,6 +66,7 @@ from benchmarks.overhead_jobs import Job, context_needed, measure
 from benchmarks.overhead_results import merge, plot, show, summarise
 from benchmarks.reference import (
     ReferenceRun,
+    check_checkout,
     measure_reference,
     show_reference,
     summarise_reference,
@@ -237,8 +238,40 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return given
 
 
+def measure_mode(
+    mode: str, specs: Mapping[str, EngineSpec], jobs: Sequence[Job], given: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Samples of all engines, started for one mode."""
+    progress.print(f"starting {len(specs)} engines, {mode}")
+    started = {name: replace(spec, eager=mode == "eager") for name, spec in specs.items()}
+    long_rounds = QUICK_LONG_ROUNDS if given.quick else FULL_LONG_ROUNDS
+    with running_engines(started, measure) as engines:
+        return measure_in_turns(engines, jobs, given.rounds, long_rounds)
+
+
+def measure_published(
+    given: argparse.Namespace, layers: int
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Samples and figures of the published implementation; prints its table."""
+    run = ReferenceRun(
+        checkout=given.reference,
+        dtype=given.dtype,
+        layers=layers,
+        prefill=min(given.prefill),
+        decode=13 if given.quick else 33,
+        rounds=given.rounds,
+        threads=given.threads,
+    )
+    samples = measure_reference(run)
+    figures = summarise_reference(samples, run)
+    show_reference(figures, run)
+    return samples, figures
+
+
 def main() -> None:
     given = arguments()
+    if given.reference:
+        check_checkout(given.reference)
     given.engines = fitting_engines(given.engines, available_memory_gib())
     prepare_environment(given.threads, KV_CACHE_GIB)
     layers = backbones.QUICK_LAYERS if given.quick else backbones.FULL_LAYERS
@@ -252,42 +285,24 @@ def main() -> None:
             sys.exit(str(error))
         jobs = jobs_of(given, backbones.base_config(backbone.path)["max_position_embeddings"])
         specs = specs_of(given, backbone.path, jobs, scratch)
-        settings = {name: value for name, value in vars(given).items() if name not in OUTPUTS}
         described = environment(
-            **settings,
+            **{name: value for name, value in vars(given).items() if name not in OUTPUTS},
             backbone=backbone.description,
             max_model_len=specs[STOCK].max_model_len,
             max_batched_tokens=specs[STOCK].max_batched_tokens,
         )
-        long_rounds = QUICK_LONG_ROUNDS if given.quick else FULL_LONG_ROUNDS
-        samples, by_mode = [], {}
-        for mode in given.mode:
-            progress.print(f"starting {len(specs)} engines, {mode}")
-            started = {name: replace(spec, eager=mode == "eager") for name, spec in specs.items()}
-            with running_engines(started, measure) as engines:
-                measured = measure_in_turns(engines, jobs, given.rounds, long_rounds)
-            by_mode[mode] = summarise(measured, jobs)
-            samples += [{"mode": mode, **sample} for sample in measured]
+        measured = {mode: measure_mode(mode, specs, jobs, given) for mode in given.mode}
 
+    by_mode = {mode: summarise(samples, jobs) for mode, samples in measured.items()}
     run = f"{given.threads} thread(s), {given.rounds} round(s){', quick' if given.quick else ''}"
     title = f"{backbone.description}, {given.dtype}, {run}"
-    for mode, summary in by_mode.items():
-        show(summary, jobs, list(specs), f"{title}, {mode}")
+    for mode, figures in by_mode.items():
+        show(figures, jobs, list(specs), f"{title}, {mode}")
+    samples = [{"mode": mode, **sample} for mode in measured for sample in measured[mode]]
     summary = merge(by_mode)
     if given.reference:
-        reference = ReferenceRun(
-            checkout=given.reference,
-            dtype=given.dtype,
-            layers=layers,
-            prefill=min(given.prefill),
-            decode=13 if given.quick else 33,
-            rounds=given.rounds,
-            threads=given.threads,
-        )
-        measured = measure_reference(reference)
-        figures = summarise_reference(measured, reference)
-        show_reference(figures, reference)
-        samples += measured
+        published, figures = measure_published(given, layers)
+        samples += published
         summary |= figures
     if given.json:
         write_json(given.json, described, samples, summary)

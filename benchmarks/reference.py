@@ -46,14 +46,18 @@ class ReferenceRun:
     threads: int
 
 
-def measure_reference(run: ReferenceRun) -> list[dict[str, Any]]:
-    """Samples of both models, taken in a process of its own.
+def check_checkout(folder: Path) -> None:
+    """Check what a user names, before anything is measured.
 
     Raises:
-        SystemExit: the checkout is not one.
+        SystemExit: the folder is not a checkout of the reference.
     """
-    if not (run.checkout / "deltamem" / "core" / "delta.py").is_file():
-        raise SystemExit(f"--reference {run.checkout}: not a checkout of declare-lab/delta-Mem")
+    if not (folder / "deltamem" / "core" / "delta.py").is_file():
+        raise SystemExit(f"--reference {folder}: not a checkout of declare-lab/delta-Mem")
+
+
+def measure_reference(run: ReferenceRun) -> list[dict[str, Any]]:
+    """Samples of both models, taken in a process of its own."""
     progress.print("timing the reference implementation")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         samples: list[dict[str, Any]] = pool.apply(_measure, (run,))

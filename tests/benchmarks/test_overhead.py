@@ -13,7 +13,7 @@ from benchmarks.engines import MSW4, OURS, STOCK, in_turns
 from benchmarks.overhead import arguments, fitting_engines, jobs_of
 from benchmarks.overhead_jobs import Job, context_needed, output_tokens
 from benchmarks.overhead_results import merge, plot, summarise
-from benchmarks.reference import ReferenceRun, measure_reference, summarise_reference
+from benchmarks.reference import ReferenceRun, check_checkout, summarise_reference
 from tests.helpers import DATA
 
 CASE = DATA / "qwen3_tsw"
@@ -125,9 +125,8 @@ def test_the_reference_is_compared_with_the_plain_model() -> None:
 
 
 def test_a_folder_that_is_no_checkout_is_refused(tmp_path: Path) -> None:
-    run = ReferenceRun(tmp_path, "float32", 1, prefill=8, decode=1, rounds=1, threads=1)
     with pytest.raises(SystemExit, match="not a checkout"):
-        measure_reference(run)
+        check_checkout(tmp_path)
 
 
 def test_a_small_run_measures_stock_and_memory(tmp_path: Path) -> None:
