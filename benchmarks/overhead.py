@@ -14,7 +14,7 @@ memory is on: each token is read and written in every layer.
   batch decode.
 - prefill: time to the first token, the duration of a whole `generate` call for one prompt and one
   token. Prompts longer than the model's context are skipped.
-- load: requests with random lengths (prompts of 16 to 512 tokens, outputs of 16 to 128) that arrive
+- load: requests with random lengths (prompts of 16 to 512 tokens, outputs of 8 to 64) that arrive
   at once, the duration of the whole `generate` call. This is how `vllm bench throughput` does it,
   which itself cannot run another class than vLLM's own `LLM`.
 
@@ -214,7 +214,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--load", type=int_list, help="requests of a load; default 64, with --quick 8"
     )
-    options.add_argument("--rounds", type=int, help="default 7, with --quick 3")
+    options.add_argument("--rounds", type=int, help="default 7, with --quick 2")
     options.add_argument("--threads", type=int, help="OpenMP threads of an engine (default: cores)")
     options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG or SVG to FILE")
     options.add_argument(
@@ -228,7 +228,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options.error("--adapter needs the --model it was made for, a folder or a hub id")
     if given.rounds is not None and given.rounds < 1:
         options.error("--rounds must be at least 1")
-    given.rounds = given.rounds or (3 if given.quick else 7)
+    given.rounds = given.rounds or (2 if given.quick else 7)
     given.mode = given.mode or (("eager",) if given.quick else MODES)
     given.prefill = given.prefill or (
         (512, 2048, 8192) if given.quick else (512, 2048, 8192, 32768)

@@ -10,7 +10,7 @@ from benchmarks.engines import Cost, EngineSpec, timed, timed_steps
 CONTEXT = 32
 """Prompt tokens of each request before its decode is measured."""
 
-LOAD_PROMPT, LOAD_OUTPUT = (16, 512), (16, 128)
+LOAD_PROMPT, LOAD_OUTPUT = (16, 512), (8, 64)
 """Fewest and most tokens of a load's prompts and of its outputs."""
 
 LONG = 4096
