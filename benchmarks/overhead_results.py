@@ -61,24 +61,25 @@ def merge(by_mode: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 def show(summary: Mapping[str, float], jobs: Sequence[Job], engines: list[str], title: str) -> None:
     """Print one mode's table."""
     table = Table(title=title)
-    table.add_column("time")
-    table.add_column("stock ms", justify="right", no_wrap=True)
-    ours = [engine for engine in engines if engine != STOCK]
-    for engine in ours:
-        for column in (f"{engine} ms", "ratio", "spread", "CPU ratio"):
-            table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("time", no_wrap=True)
+    table.add_column("engine", no_wrap=True)
+    for column in ("stock ms", "ms", "ratio", "spread", "CPU ratio"):
+        table.add_column(column, justify="right", no_wrap=True)
     for job in jobs:
-        cells = [str(job), f"{summary[job.key(f'{STOCK}_ms')]:,.1f}"]
-        for engine in ours:
+        for engine in engines:
+            if engine == STOCK:
+                continue
             front = "" if engine == OURS else f"{engine}_"
             low, high = (summary[front + job.key(f"ratio_{end}")] for end in ("low", "high"))
-            cells += [
+            table.add_row(
+                str(job),
+                engine,
+                f"{summary[job.key(f'{STOCK}_ms')]:,.1f}",
                 f"{summary[job.key(f'{engine}_ms')]:,.1f}",
                 f"{summary[front + job.key('ratio')]:.3f}",
                 f"{low:.2f}-{high:.2f}",
                 f"{summary[front + job.key('cpu_ratio')]:.3f}",
-            ]
-        table.add_row(*cells)
+            )
     console.print(table)
 
 
