@@ -108,13 +108,18 @@ def int_list(text: str) -> tuple[int, ...]:
     return values
 
 
-def parser(docstring: str | None) -> argparse.ArgumentParser:
-    """A parser with the arguments every benchmark takes; its help text is the module's."""
+def parser(docstring: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments every benchmark takes; its help text is the module's.
+
+    Args:
+        quick: whether it measures, so that it can measure less and write what it measured.
+    """
     result = argparse.ArgumentParser(
         description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
-    result.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+    if quick:
+        result.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
+        result.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
     return result
 
 
@@ -130,8 +135,13 @@ def _cpu_name() -> str:
     return names[0].partition(":")[2].strip() if names else platform.processor() or "unknown"
 
 
-def _memory_gib() -> float | None:
-    lines = _matching("/proc/meminfo", lambda line: line.startswith("MemTotal"))
+def available_memory_gib() -> float | None:
+    """Memory that programs may still take; None where the system does not say."""
+    return _memory_gib("MemAvailable")
+
+
+def _memory_gib(what: str = "MemTotal") -> float | None:
+    lines = _matching("/proc/meminfo", lambda line: line.startswith(what))
     return round(int(lines[0].split()[1]) / 2**20, 1) if lines else None
 
 
