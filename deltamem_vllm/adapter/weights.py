@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final, Self
 
@@ -97,7 +98,7 @@ class Adapter:
             adapter.check_backbone(backbone)
         return adapter
 
-    @property
+    @cached_property
     def layer_indices(self) -> tuple[int, ...]:
         """Decoder layers with a memory, ascending."""
         return tuple(sorted({_split_name(name)[0] for name in self.tensors}))
