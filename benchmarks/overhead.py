@@ -19,12 +19,13 @@ memory is on: each token is read and written in every layer.
   which itself cannot run another class than vLLM's own `LLM`.
 
 How to read it: a ratio is our time over stock time, so 1.05 means 5 % slower. The ratio compares
-the medians of all rounds; the spread is the smallest and the largest ratio of one round. A ratio
-means something when its spread is narrow; a wide one says that the machine was busy. On a busy
-machine run with `--threads 1` and read the ratio of CPU time, which others disturb far less
-(with more threads it counts the waiting of one thread for another as work). The cost per token and
-layer does not grow with the feed-forward part, so the ratio falls as the backbone grows. The
-adapters (rank 8, heads q and o, every layer) are random, which changes no duration.
+the medians of all rounds; the spread is the smallest and the largest ratio of one round. Where a
+process's memory happens to lie changes its speed by some percent for as long as it runs, so engines
+are started several times. On a busy machine run with `--threads 1` and read the ratio of CPU time,
+which others disturb far less (with more threads it counts the waiting of one thread for another as
+work). The cost per token and layer does not grow with the feed-forward part, so the ratio falls as
+the backbone grows. The adapters (rank 8, heads q and o, every layer) are random, which changes no
+duration.
 
 Keys of the summary, e.g. `decode_ratio_bs8`, `prefill_ratio_512`, `load_ratio_n64`: of the first
 mode of `--mode`. Every mode's figures also have its name in front, `compiled_decode_ratio_bs8`;
@@ -214,7 +215,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--load", type=int_list, help="requests of a load; default 64, with --quick 8"
     )
-    options.add_argument("--rounds", type=int, help="default 7, with --quick 2")
+    options.add_argument("--rounds", type=int, help="default 5, with --quick 2")
+    options.add_argument(
+        "--starts",
+        type=int,
+        help="times that all engines are started anew; default 3, with --quick 1",
+    )
     options.add_argument("--threads", type=int, help="OpenMP threads of an engine (default: cores)")
     options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG or SVG to FILE")
     options.add_argument(
@@ -226,9 +232,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = options.parse_args(argv)
     if given.adapter and given.model in (None, backbones.SMOLLM2, backbones.RANDOM):
         options.error("--adapter needs the --model it was made for, a folder or a hub id")
-    if given.rounds is not None and given.rounds < 1:
-        options.error("--rounds must be at least 1")
-    given.rounds = given.rounds or (2 if given.quick else 7)
+    for name in ("rounds", "starts"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            options.error(f"--{name} must be at least 1")
+    given.rounds = given.rounds or (2 if given.quick else 5)
+    given.starts = given.starts or (1 if given.quick else 3)
     given.mode = given.mode or (("eager",) if given.quick else MODES)
     given.prefill = given.prefill or (
         (512, 2048, 8192) if given.quick else (512, 2048, 8192, 32768)
@@ -241,12 +250,16 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure_mode(
     mode: str, specs: Mapping[str, EngineSpec], jobs: Sequence[Job], given: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Samples of all engines, started for one mode."""
-    progress.print(f"starting {len(specs)} engines, {mode}")
+    """Samples of all engines, started for one mode, several times."""
     started = {name: replace(spec, eager=mode == "eager") for name, spec in specs.items()}
     long_rounds = QUICK_LONG_ROUNDS if given.quick else FULL_LONG_ROUNDS
-    with running_engines(started, measure) as engines:
-        return measure_in_turns(engines, jobs, given.rounds, long_rounds)
+    samples = []
+    for start in range(given.starts):
+        progress.print(f"starting {len(specs)} engines, {mode}, {start + 1} of {given.starts}")
+        with running_engines(started, measure) as engines:
+            measured = measure_in_turns(engines, jobs, given.rounds, long_rounds)
+        samples += [{"start": start, **sample} for sample in measured]
+    return samples
 
 
 def measure_published(
@@ -294,7 +307,8 @@ def main() -> None:
         measured = {mode: measure_mode(mode, specs, jobs, given) for mode in given.mode}
 
     by_mode = {mode: summarise(samples, jobs) for mode, samples in measured.items()}
-    run = f"{given.threads} thread(s), {given.rounds} round(s){', quick' if given.quick else ''}"
+    run = f"{given.threads} thread(s), {given.starts} x {given.rounds} round(s)"
+    run += ", quick" if given.quick else ""
     title = f"{backbone.description}, {given.dtype}, {run}"
     for mode, figures in by_mode.items():
         show(figures, jobs, list(specs), f"{title}, {mode}")
