@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -80,11 +81,17 @@ class CallSessions:
         store: where the sessions are.
         keeper: renews leases of this process.
         threads: for the store's calls, which block.
+        aside: around waiting for the store, so that other calls can run meanwhile.
     """
 
     def __init__(
-        self, store: SessionStore, keeper: LeaseKeeper, threads: ThreadPoolExecutor
+        self,
+        store: SessionStore,
+        keeper: LeaseKeeper,
+        threads: ThreadPoolExecutor,
+        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._aside = aside
         self._store = store
         self._keeper = keeper
         self._threads = threads
@@ -276,7 +283,8 @@ class CallSessions:
                 raise SessionBusyError(
                     f"session {key.name!r} is in another turn. Nothing of this call was run."
                 )
-            time.sleep(min(next(pause), left))
+            with self._aside():
+                time.sleep(min(next(pause), left))
 
     def _try(self, key: SessionKey) -> bool:
         """Take one lease; whether it was free."""
@@ -346,7 +354,9 @@ class CallSessions:
             for item in items:
                 futures.append(self._threads.submit(function, item))
         finally:
-            _wait_for_all(futures)
+            if futures:
+                with self._aside():
+                    _wait_for_all(futures)
         return futures
 
     def _outcome(self, writing: Sequence[SessionKey]) -> str:
