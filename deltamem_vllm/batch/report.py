@@ -76,15 +76,16 @@ class Tally:
             ),
             0,
         )
-        self._begun = time.perf_counter()
+        self._begun = self._last = time.perf_counter()
 
     def start(self) -> None:
         """Rows run from now on."""
-        self._begun = time.perf_counter()
+        self._begun = self._last = time.perf_counter()
 
     def add(self, results: Iterable[Result]) -> None:
         """Count results."""
         counts = self._counts
+        self._last = time.perf_counter()
         for result in results:
             counts["rows"] += 1
             counts["failed"] += result.error is not None
@@ -106,8 +107,8 @@ class Tally:
                 counts["generated_tokens"] += reply.completion_tokens
 
     def report(self, rows_before: int) -> Report:
-        """The figures so far."""
-        seconds = max(time.perf_counter() - self._begun, 1e-9)
+        """The figures, up to the last result."""
+        seconds = max(self._last - self._begun, 1e-9)
         counts = dict(self._counts)
         conversations = len(self._sessions) + counts.pop("alone")
         prompt_tokens = counts["prompt_tokens"] + counts["ingested_tokens"]

@@ -99,8 +99,8 @@ class Row(BaseModel):
     def _contradictions(self) -> Self:
         given = [name for name in ASKS if getattr(self, name) is not None]
         if len(given) != 1:
-            found = f"not {' and '.join(given)}" if given else "and has none"
-            raise ValueError(f"a row has one of {', '.join(ASKS)}, {found}")
+            found = " and ".join(given) or "none"
+            raise ValueError(f"a row has one of {', '.join(ASKS)}; this one has {found}")
         if self.prompt in ("", []):
             raise ValueError("prompt: is empty")
         if any(not turn for turn in self.turns or ()):

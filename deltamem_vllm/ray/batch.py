@@ -78,7 +78,7 @@ class MemoryBatch:
         llm = spec.start()
         self._runner = Runner(llm, Conversations(llm, job, spec.sampling), spec.in_flight)
 
-    def __call__(self, table: Any) -> dict[str, list[str | None]]:
+    def __call__(self, table: Any) -> dict[str, list[Any]]:
         contents = (
             {name: value for name, value in content.items() if value is not None}
             for content in table.to_pylist()
@@ -109,7 +109,7 @@ class _Bundles(MemoryBatch):
         self._writer = writer
         self._has_store = spec.store is not None
 
-    def __call__(self, batch: Any) -> dict[str, list[int]]:
+    def __call__(self, batch: Any) -> dict[str, list[Any]]:
         rows = [
             Placed(where, Row.model_validate_json(row))
             for bundle in batch["bundle"]
