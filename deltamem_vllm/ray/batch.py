@@ -8,6 +8,7 @@ send their results to one writer beside the driver, and wait until it has them o
 """
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -133,16 +134,17 @@ class _Writer:
         self._output = Output(folder, settings)
         self._tally = Tally()
         self._num_new = 0
+        self._is_running = False
 
     def begin(self) -> tuple[str, set[str]]:
         """The job's name, and keys of rows that are finished."""
         return self._output.job.job, self._output.finished
 
-    def start(self) -> None:
-        """Rows run from now on."""
-        self._tally.start()
-
     def finished_of(self, keys: list[str]) -> list[str]:
+        """Those of rows that are finished. Asked by an engine that is ready to run the others."""
+        if not self._is_running:
+            self._is_running = True
+            self._tally.start()
         return [key for key in keys if key in self._output.finished]
 
     def write(self, lines: list[str]) -> None:
@@ -252,7 +254,6 @@ def _run(
 ) -> None:
     problems: list[str] = []
     bundles = _bundles(rest, concurrency * BUNDLES_PER_ENGINE, problems)
-    ray.get(writer.start.remote())
     if problems:
         ray.get(writer.write.remote(problems))
     if bundles:
@@ -261,6 +262,8 @@ def _run(
         }
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
+        # What it plans and does is of no use to whoever waits for rows.
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         items = ray.data.from_items(bundles, override_num_blocks=len(bundles))
         counts = items.map_batches(
             _Bundles,
@@ -271,8 +274,7 @@ def _run(
         with _shown(writer, bar):
             for _ in counts.iter_rows():
                 pass
-    bar.n = bar.initial + ray.get(writer.num_new.remote())
-    bar.refresh()
+    bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
 
 
 def _bundles(rest: Iterable[Placed], count: int, problems: list[str]) -> list[dict[str, str]]:
@@ -292,8 +294,6 @@ def _bundles(rest: Iterable[Placed], count: int, problems: list[str]) -> list[di
         assert row is not None
         key = ("row", row.id) if row.session is None else ("session", row.session)
         sessions.setdefault(key, []).append((placed.where, row.model_dump_json(exclude_unset=True)))
-    # The longest first, each into the bundle that is the shortest so far, would be fairer still;
-    # in turns keeps the order of the input.
     bundles: list[list[tuple[str, str]]] = [[] for _ in range(min(count, len(sessions)))]
     for number, rows in enumerate(sessions.values()):
         bundles[number % len(bundles)].extend(rows)
@@ -349,8 +349,7 @@ def _shown(writer: Any, bar: Any) -> Iterator[None]:
 
     def show() -> None:
         while not is_over.wait(POLL_S):
-            bar.n = bar.initial + ray.get(writer.num_new.remote())
-            bar.refresh()
+            bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
 
     thread = threading.Thread(target=show, name="deltamem-progress", daemon=True)
     thread.start()

@@ -136,7 +136,7 @@ def test_conversations_of_different_length_fill_the_batch(llm: MemoryLLM) -> Non
 def test_a_document_is_written_once_and_asked_many_times(
     llm: MemoryLLM, tmp_path: Path, store: str
 ) -> None:
-    questions = [chat(f"question {number}", 8) for number in range(24)]
+    questions = [chat(f"question {number}", 8) for number in range(12)]
     document = text("document", 900)  # longer than a prompt may be
     llm.ingest("direct", document, use_tqdm=False)
     ask = Memory(session="direct", mode="read_only")
