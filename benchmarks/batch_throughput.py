@@ -54,6 +54,10 @@ DEMO = Path(__file__).parents[1] / "deltamem_vllm" / "demo" / "model"
 """Whose tokenizer is used."""
 
 
+SAID = "I am getting ready for my match on Tuesday Monday Friday day is the of"
+"""Words of its vocabulary."""
+
+
 class Turn(NamedTuple):
     """What is said, and how long the reply is."""
 
@@ -89,23 +93,7 @@ class Setup:
 def make_conversations(count: int, turns: int, words: int, seed: int) -> Conversations:
     """Conversations that share no beginning, of `words` words a message, replies of 8 to 48."""
     rng = random.Random(seed)
-    said = [
-        "I",
-        "am",
-        "getting",
-        "ready",
-        "for",
-        "my",
-        "match",
-        "on",
-        "Tuesday",
-        "Monday",
-        "Friday",
-        "day",
-        "is",
-        "the",
-        "of",
-    ]
+    said = SAID.split()
     return [
         [
             Turn(" ".join(rng.choices(said, k=words)), rng.choice((8, 16, 24, 48)))
@@ -371,11 +359,9 @@ def main() -> None:
     layers = given.layers or (4 if given.quick else 12)
     rounds = given.rounds or (2 if given.quick else 3)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    for name, default in (
-        ("VLLM_CPU_KVCACHE_SPACE", "1"),
-        ("VLLM_LOGGING_LEVEL", "ERROR"),
-        ("VLLM_NO_USAGE_STATS", "1"),
-    ):
+    # It would win over the size that both engines are given.
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    for name, default in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
         os.environ.setdefault(name, default)
     described = environment(**vars(given) | {"json": str(given.json)}, layers_used=layers)
     summary: dict[str, float] = {}
