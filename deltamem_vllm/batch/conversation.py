@@ -157,5 +157,5 @@ def _reply(output: RequestOutput) -> Reply:
         finish_reason=completion.finish_reason,
         prompt_tokens=len(output.prompt_token_ids or ()),
         completion_tokens=len(completion.token_ids),
-        memory=output.memory,
+        memory=None if output.memory is None else output.memory.model_dump(),
     )

@@ -99,7 +99,7 @@ class Tally:
                 else:
                     counts["ingested_tokens"] += result.ingested["tokens"]
             for reply in result.replies:
-                if reply.memory is not None and reply.memory.replayed:
+                if reply.memory is not None and reply.memory["replayed"]:
                     counts["replayed"] += 1
                     continue
                 counts["turns"] += 1

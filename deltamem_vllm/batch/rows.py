@@ -5,7 +5,6 @@ from typing import Any, Final, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
-from deltamem_vllm.api.schemas import MemoryReport
 from deltamem_vllm.errors import DeltaMemError, RowError
 from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions.limits import MAX_NAME, check_name
@@ -161,7 +160,8 @@ class Reply(BaseModel):
     finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
-    memory: MemoryReport | None = None
+    memory: dict[str, Any] | None = None
+    """The fields of a `MemoryReport`: what was read and written."""
 
 
 class Result(BaseModel):

@@ -150,7 +150,7 @@ def test_a_document_is_written_once_and_asked_many_times(
     for number, output in enumerate(direct):
         (reply,) = results[f"q{number}"].replies
         assert reply.text == output.outputs[0].text
-        assert reply.memory is not None and reply.memory.version == 1
+        assert reply.memory is not None and reply.memory["version"] == 1
     assert_same_sessions(
         {"": llm.sessions["batch"]},
         {"": llm.sessions["direct"]},
