@@ -49,7 +49,7 @@ class Runner:
                 Rows without a result can be run again.
         """
         # Before threads ask for it all at once: it takes reading the model's files.
-        len(self._llm.sessions)
+        next(iter(self._llm.sessions), None)
         run = _Run(self._conversations, rows, keep, self._in_flight)
         with self._llm.shared() as engine:
             run.start(engine.wake)

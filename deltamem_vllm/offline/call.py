@@ -16,6 +16,7 @@ from deltamem_vllm.errors import (
     StoreUnavailableError,
 )
 from deltamem_vllm.memory import Memory
+from deltamem_vllm.offline.shared import SharedEngine
 from deltamem_vllm.sessions import (
     IngestJob,
     Lease,
@@ -81,7 +82,7 @@ class CallSessions:
         store: where the sessions are.
         keeper: renews leases of this process.
         threads: for the store's calls, which block.
-        aside: around waiting for the store, so that other calls can run meanwhile.
+        shared: the engine, if other calls run beside this one while it waits for the store.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class CallSessions:
         store: SessionStore,
         keeper: LeaseKeeper,
         threads: ThreadPoolExecutor,
-        aside: Callable[[], AbstractContextManager[None]] = nullcontext,
+        shared: SharedEngine | None = None,
     ) -> None:
-        self._aside = aside
+        self._shared = shared
         self._store = store
         self._keeper = keeper
         self._threads = threads
@@ -285,6 +286,8 @@ class CallSessions:
                 )
             with self._aside():
                 time.sleep(min(next(pause), left))
+            if self._shared is not None:
+                self._shared.check()
 
     def _try(self, key: SessionKey) -> bool:
         """Take one lease; whether it was free."""
@@ -346,6 +349,10 @@ class CallSessions:
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """A store's call for each item, side by side; all end before an error is raised."""
         return [future.result() for future in self._start(function, items)]
+
+    def _aside(self) -> AbstractContextManager[None]:
+        """Around waiting."""
+        return nullcontext() if self._shared is None else self._shared.aside()
 
     def _start(self, function: Callable[[A], B], items: Sequence[A]) -> "list[Future[B]]":
         """As `_map`, with the outcomes still in their futures."""

@@ -135,7 +135,7 @@ class OfflineService:
                 if self._is_time_to_sweep():
                     with shared.aside():
                         self._sweep()
-                sessions = CallSessions(self.store, self._keeper, self._threads, shared.aside)
+                sessions = CallSessions(self.store, self._keeper, self._threads, shared)
                 try:
                     yield sessions
                 finally:

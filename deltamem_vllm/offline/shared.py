@@ -119,7 +119,7 @@ class SharedEngine:
             )
         self._arrive()
         try:
-            self._check()
+            self.check()
             yield
         finally:
             self._added.pop(threading.get_ident(), None)
@@ -154,8 +154,8 @@ class SharedEngine:
         if not requests:
             return []
         waiter = _Waiter(set(requests))
-        self._check()
         with self._news:
+            self.check()
             self._requests.update(dict.fromkeys(requests, waiter))
         self._wait(waiter)
         return sorted(waiter.outputs, key=lambda output: int(output.request_id))
@@ -167,11 +167,22 @@ class SharedEngine:
             states: a `Collected`, with what is missing.
             timeout: seconds.
         """
-        self._check()
         waiter = _Waiter(set(), states=states, deadline=time.monotonic() + timeout)
         with self._news:
+            self.check()
             self._for_states.append(waiter)
         self._wait(waiter)
+
+    def check(self) -> None:
+        """Refuse to go on with a call when the engine was stopped.
+
+        Raises:
+            BrokenOffError: it was.
+        """
+        if self._error is None:
+            return
+        message = f"the engine was stopped ({self._error or type(self._error).__name__})"
+        raise BrokenOffError(f"{message}; the turn wrote nothing.") from self._error
 
     # Within
 
@@ -195,13 +206,7 @@ class SharedEngine:
         waiter.is_awake.wait()
         self._take_lock()
         if waiter.error is not None:
-            self._check()
-
-    def _check(self) -> None:
-        if self._error is None:
-            return
-        message = f"the engine was stopped ({self._error or type(self._error).__name__})"
-        raise BrokenOffError(f"{message}; the turn wrote nothing.") from self._error
+            self.check()
 
     def _wake_up(self, waiters: set[_Waiter], error: BaseException | None = None) -> None:
         """Under `_news`: they are due now."""

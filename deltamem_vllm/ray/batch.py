@@ -21,7 +21,7 @@ from deltamem_vllm.batch.output import Output
 from deltamem_vllm.batch.report import Report, Tally
 from deltamem_vllm.batch.rows import Placed, Result, Row
 from deltamem_vllm.batch.source import Source, placed_rows
-from deltamem_vllm.errors import BatchError
+from deltamem_vllm.errors import BatchError, DeltaMemError
 
 try:
     import ray
@@ -131,13 +131,18 @@ class _Writer:
     """The output folder of a run, in an actor on the driver's machine."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self._output = Output(folder, settings)
+        self._folder = folder
+        self._settings = settings
         self._tally = Tally()
         self._num_new = 0
         self._is_running = False
 
     def begin(self) -> tuple[str, set[str]]:
-        """The job's name, and keys of rows that are finished."""
+        """The job's name, and keys of rows that are finished.
+
+        Not in the constructor, whose errors Ray wraps up in text.
+        """
+        self._output = Output(self._folder, self._settings)
         return self._output.job.job, self._output.finished
 
     def finished_of(self, keys: list[str]) -> list[str]:
@@ -333,13 +338,15 @@ def _own_errors() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        cause: BaseException = error
-        while True:
-            inner = getattr(cause, "cause", None) or cause.__cause__
-            if not isinstance(inner, BaseException) or inner is cause:
-                break
-            cause = inner
-        raise BatchError(f"{cause} The same command goes on.") from error
+        causes: list[BaseException] = [error]
+        while isinstance(inner := _cause(causes[-1]), BaseException) and inner not in causes:
+            causes.append(inner)
+        own = [cause for cause in causes if isinstance(cause, DeltaMemError)]
+        raise BatchError(str((own or causes[-1:])[0])) from error
+
+
+def _cause(error: BaseException) -> Any:
+    return getattr(error, "cause", None) or error.__cause__
 
 
 @contextmanager
