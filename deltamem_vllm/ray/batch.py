@@ -168,6 +168,10 @@ class _Writer:
         return report
 
 
+def _retries() -> dict[str, int]:
+    return {"max_restarts": RETRIES, "max_task_retries": RETRIES}
+
+
 def actors(concurrency: int, spec: BatchSpec, cpus: float | None = None) -> dict[str, Any]:
     """Arguments of `Dataset.map_batches` for a pool of engines.
 
@@ -203,8 +207,7 @@ def actors(concurrency: int, spec: BatchSpec, cpus: float | None = None) -> dict
         "num_cpus": cpus,
         "num_gpus": gpus,
         "runtime_env": {"env_vars": variables},
-        "max_restarts": RETRIES,
-        "max_task_retries": RETRIES,
+        "ray_remote_args_fn": _retries,
     }
 
 
