@@ -16,7 +16,8 @@ run on one machine:
 Stock vLLM's prefix cache is on, as by default: while the KV cache holds all conversations, a
 history is not computed again, so that what `batched` loses to memory is attention over it, and
 with `--kv-gib` too small for all, its recomputation. Weights and adapter are random, which changes
-no duration. A ratio above 1 means that `batch` is faster. The engines live in a process each and
+no duration. A ratio above 1 means that `batch` is faster; on a busy machine with `--eager` and one
+core, read the ratio by CPU time. The engines live in a process each and
 are measured in turns while the other waits.
 """
 
@@ -122,7 +123,10 @@ def rows_of(conversations: Conversations, name: str) -> list[dict[str, Any]]:
 
 
 def serve(pipe: Connection, setup: Setup, with_memory: bool) -> None:
-    """Start an engine, then answer (contestant, conversations, name) with seconds, until None."""
+    """Start an engine, then answer (contestant, conversations, name), until None.
+
+    Answers are seconds, and CPU seconds of all threads of the process.
+    """
     try:
         if with_memory:
             from deltamem_vllm import MemoryLLM
@@ -149,7 +153,7 @@ def answer(pipe: Connection, llm: Any, setup: Setup, folder: Path) -> None:
     while (asked := pipe.recv()) is not None:
         contestant, conversations, name = asked
         llm.reset_prefix_cache()
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.process_time()
         if contestant == LOOP:
             for turns in conversations:
                 with_full_history(llm, [turns])
@@ -159,7 +163,7 @@ def answer(pipe: Connection, llm: Any, setup: Setup, folder: Path) -> None:
             in_lock_step(llm, conversations, name)
         else:
             as_a_batch(llm, conversations, name, setup, folder)
-        pipe.send(time.perf_counter() - begun)
+        pipe.send((time.perf_counter() - begun, time.process_time() - cpu_begun))
 
 
 def params_of(turn: Turn) -> Any:
@@ -307,7 +311,9 @@ def measure(
         order = list(workers)
         for contestant in order if number % 2 else order[::-1]:
             part = conversations[: max(size // 4, 1)] if contestant == LOOP else conversations
-            seconds = workers[contestant].ask((contestant, part, f"{contestant}-{number}"))
+            seconds, cpu_seconds = workers[contestant].ask(
+                (contestant, part, f"{contestant}-{number}")
+            )
             if number:
                 samples.append(
                     {
@@ -315,6 +321,7 @@ def measure(
                         "round": number,
                         "conversations": len(part),
                         "seconds": seconds,
+                        "cpu_seconds_per_conversation": cpu_seconds / len(part),
                         "conversations_per_second": len(part) / seconds,
                     }
                 )
@@ -383,10 +390,20 @@ def main() -> None:
             ]
             name = contestant.replace("-", "_")
             summary[f"{name}_conversations_per_second"] = statistics.median(speeds)
+            costs = [
+                one["cpu_seconds_per_conversation"]
+                for one in samples
+                if one["contestant"] == contestant
+            ]
+            summary[f"{name}_cpu_seconds_per_conversation"] = statistics.median(costs)
         batch = summary["batch_conversations_per_second"]
         for contestant in (*STOCK, LOCK_STEP):
             name = contestant.replace("-", "_")
             summary[f"batch_over_{name}"] = batch / summary[f"{name}_conversations_per_second"]
+            summary[f"batch_over_{name}_by_cpu"] = (
+                summary[f"{name}_cpu_seconds_per_conversation"]
+                / summary["batch_cpu_seconds_per_conversation"]
+            )
         if given.engines:
             samples += measure_scaling(setup, given, count, summary)
     show(summary, f"{count} conversations of {given.turns} turns, {layers} layers")
