@@ -163,6 +163,34 @@ def test_a_document_is_written_once_and_asked_many_times(
         assert (output_logprobs(mine) - output_logprobs(theirs)).abs().max() < NOISE
 
 
+def test_conversations_show_their_history_where_they_are_asked_to(
+    llm: MemoryLLM, tmp_path: Path, store: str
+) -> None:
+    """All of it without a memory, and of a window the last messages."""
+    said = [text(("said", number), 12) for number in range(3)]
+    rows: list[dict[str, Any]] = [
+        {"id": "off", "mode": "off", "turns": said},
+        {"id": "window", "session": "w", "window": {"messages": 2}, "turns": said},
+    ]
+    results = run_rows(llm, tmp_path, store, rows)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for name, memory in (
+        ("off", Memory(mode="off")),
+        ("window", Memory(session="direct", window={"messages": 2})),
+    ):
+        history: list[dict[str, Any]] = []
+        for number, one in enumerate(said):
+            history.append({"role": "user", "content": one})
+            (output,) = llm.chat([history], params, memory=memory, use_tqdm=False)
+            reply = results[name].replies[number]
+            assert reply.text == output.outputs[0].text
+            assert reply.prompt_tokens == len(output.prompt_token_ids)
+            history.append({"role": "assistant", "content": reply.text})
+    assert_same_sessions({"": llm.sessions["w"]}, {"": llm.sessions["direct"]})
+    last = results["window"].replies[-1].memory
+    assert last is not None and last["prompt_tokens_saved"] > 0
+
+
 def test_rows_that_cannot_be_run_take_nothing_else_along(
     llm: MemoryLLM, tmp_path: Path, store: str
 ) -> None:
