@@ -108,6 +108,14 @@ class RebuildError(DeltaMemError):
     """Sessions cannot be rebuilt on this server at all."""
 
 
+class BatchError(DeltaMemError):
+    """A batch cannot be run, or not gone on with."""
+
+
+class RowError(DeltaMemError, ValueError):
+    """A row of a batch is not valid."""
+
+
 class UnauthorizedError(DeltaMemError):
     """A request does not show whose sessions it may use; the server answers 401."""
 

@@ -12,6 +12,7 @@ import typer
 
 from deltamem_vllm import __version__
 from deltamem_vllm.cli.adapter import adapter_app
+from deltamem_vllm.cli.batch import batch
 from deltamem_vllm.cli.common import ReadableErrors
 from deltamem_vllm.cli.demo import demo
 from deltamem_vllm.cli.doctor import doctor
@@ -27,6 +28,7 @@ app = typer.Typer(
     help="delta-mem for vLLM: models with a small, durable memory per session.",
 )
 app.command("serve", context_settings=PASS_ON)(serve)
+app.command("batch")(batch)
 app.command("doctor")(doctor)
 app.command("demo")(demo)
 app.add_typer(adapter_app, name="adapter")

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -15,6 +16,7 @@ from deltamem_vllm.errors import (
     StoreUnavailableError,
 )
 from deltamem_vllm.memory import Memory
+from deltamem_vllm.offline.shared import SharedEngine
 from deltamem_vllm.sessions import (
     IngestJob,
     Lease,
@@ -80,11 +82,17 @@ class CallSessions:
         store: where the sessions are.
         keeper: renews leases of this process.
         threads: for the store's calls, which block.
+        shared: the engine, if other calls run beside this one while it waits for the store.
     """
 
     def __init__(
-        self, store: SessionStore, keeper: LeaseKeeper, threads: ThreadPoolExecutor
+        self,
+        store: SessionStore,
+        keeper: LeaseKeeper,
+        threads: ThreadPoolExecutor,
+        shared: SharedEngine | None = None,
     ) -> None:
+        self._shared = shared
         self._store = store
         self._keeper = keeper
         self._threads = threads
@@ -276,7 +284,10 @@ class CallSessions:
                 raise SessionBusyError(
                     f"session {key.name!r} is in another turn. Nothing of this call was run."
                 )
-            time.sleep(min(next(pause), left))
+            with self._aside():
+                time.sleep(min(next(pause), left))
+            if self._shared is not None:
+                self._shared.check()
 
     def _try(self, key: SessionKey) -> bool:
         """Take one lease; whether it was free."""
@@ -339,6 +350,10 @@ class CallSessions:
         """A store's call for each item, side by side; all end before an error is raised."""
         return [future.result() for future in self._start(function, items)]
 
+    def _aside(self) -> AbstractContextManager[None]:
+        """Around waiting."""
+        return nullcontext() if self._shared is None else self._shared.aside()
+
     def _start(self, function: Callable[[A], B], items: Sequence[A]) -> "list[Future[B]]":
         """As `_map`, with the outcomes still in their futures."""
         futures: list[Future[B]] = []
@@ -346,7 +361,9 @@ class CallSessions:
             for item in items:
                 futures.append(self._threads.submit(function, item))
         finally:
-            _wait_for_all(futures)
+            if futures:
+                with self._aside():
+                    _wait_for_all(futures)
         return futures
 
     def _outcome(self, writing: Sequence[SessionKey]) -> str:

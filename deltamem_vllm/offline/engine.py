@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
@@ -12,6 +12,7 @@ from vllm import LLM, RequestOutput
 from deltamem_vllm.engine.compat import InprocClient
 from deltamem_vllm.engine.turn import REPLAYS, Start
 from deltamem_vllm.errors import DeltaMemError
+from deltamem_vllm.offline.shared import SharedEngine
 from deltamem_vllm.state.snapshot import StateShape
 
 STATE_TIMEOUT_S: Final = 60.0
@@ -34,17 +35,52 @@ class Feed:
         return len(self.prompt["prompt_token_ids"])
 
 
+class Collected:
+    """Final states on their way from the workers.
+
+    Args:
+        tickets: of the requests.
+        num_layers: that make a whole state, of all workers together.
+    """
+
+    def __init__(self, tickets: Sequence[str], num_layers: int) -> None:
+        self.num_tokens: dict[str, int] = {}
+        """Ticket -> tokens fed."""
+
+        self.by_layer: dict[str, dict[int, bytes]] = {ticket: {} for ticket in tickets}
+        self._num_layers = num_layers
+
+    @property
+    def missing(self) -> list[str]:
+        """Tickets whose state is not whole yet."""
+        return [
+            ticket
+            for ticket, states in self.by_layer.items()
+            if self.num_tokens.get(ticket) != 0 and len(states) < self._num_layers
+        ]
+
+    def add(self, taken: Mapping[str, tuple[int, dict[int, bytes]]]) -> None:
+        """Add one worker's part; states of others are left out."""
+        for ticket, (count, states) in taken.items():
+            if ticket in self.by_layer:
+                self.num_tokens.setdefault(ticket, count)
+                self.by_layer[ticket].update(states)
+
+
 class OfflineEngine:
     """The engine of one `LLM`.
 
     Args:
-        llm: has no requests under way when a method is called.
+        llm: has no requests under way when a method is called, unless calls share it.
         shape: the adapter's states.
     """
 
     def __init__(self, llm: LLM, shape: StateShape) -> None:
         self._llm = llm
         self._shape = shape
+        self.shared: SharedEngine | None = None
+        """While calls of several threads share the engine."""
+
         self._has_requests = False
         self._has_states = False
         """What an error left in the engine."""
@@ -52,12 +88,41 @@ class OfflineEngine:
     @contextmanager
     def busy(self) -> Iterator[None]:
         """Around all that runs requests: after an error nothing of them stays in the engine."""
+        if self.shared is not None:
+            with self._sharing(self.shared):
+                yield
+            return
         self._has_requests = True
         try:
             yield
         except BaseException:
             self.abandon()
             raise
+        self._has_requests = False
+
+    @contextmanager
+    def _sharing(self, shared: SharedEngine) -> Iterator[None]:
+        """`busy` of a call beside others, whose requests must not be touched."""
+        try:
+            yield
+        except BaseException:
+            self._has_states = True
+            if left := shared.take_added():
+                self._llm.llm_engine.abort_request(left)
+            raise
+
+    @contextmanager
+    def share(self) -> Iterator[SharedEngine]:
+        """Let calls of other threads share the engine, which this thread steps meanwhile."""
+        self._has_requests = True
+        self.shared = SharedEngine(self._llm)
+        try:
+            yield self.shared
+        except BaseException:
+            self.abandon()
+            raise
+        finally:
+            self.shared = None
         self._has_requests = False
 
     def tidy(self) -> None:
@@ -96,32 +161,31 @@ class OfflineEngine:
         Raises:
             DeltaMemError: a state did not arrive in time.
         """
-        num_tokens: dict[str, int] = {}
-        by_layer: dict[str, dict[int, bytes]] = {ticket: {} for ticket in tickets}
-        missing = list(tickets)
-        deadline = time.monotonic() + STATE_TIMEOUT_S
-        while missing:
-            for taken in self._llm.collective_rpc("take_memory_states", args=(missing, [])):
-                for ticket, (count, states) in taken.items():
-                    num_tokens.setdefault(ticket, count)
-                    by_layer[ticket].update(states)
-            missing = [
-                ticket
-                for ticket in missing
-                if num_tokens.get(ticket) != 0
-                and len(by_layer[ticket]) < len(self._shape.layer_indices)
-            ]
-            if missing and time.monotonic() > deadline:
-                raise DeltaMemError(
-                    f"the final state of {len(missing)} request(s) did not arrive within "
-                    f"{STATE_TIMEOUT_S:.0f} s; no session was changed."
-                )
-            if missing:
-                self._let_step()
+        states = Collected(tickets, len(self._shape.layer_indices))
+        if self.shared is not None:
+            self.shared.collect(states, STATE_TIMEOUT_S)
+        else:
+            self._collect(states)
+        if states.missing:
+            raise DeltaMemError(
+                f"the final state of {len(states.missing)} request(s) did not arrive within "
+                f"{STATE_TIMEOUT_S:.0f} s; no session was changed."
+            )
         return {
-            ticket: (count, self._shape.join(by_layer[ticket]) if count else b"")
-            for ticket, count in num_tokens.items()
+            ticket: (count, self._shape.join(states.by_layer[ticket]) if count else b"")
+            for ticket, count in states.num_tokens.items()
         }
+
+    def _collect(self, states: Collected) -> None:
+        """Ask for what is missing, until it is there or the time is over."""
+        deadline = time.monotonic() + STATE_TIMEOUT_S
+        while missing := states.missing:
+            for taken in self._llm.collective_rpc("take_memory_states", args=(missing, [])):
+                states.add(taken)
+            if states.missing:
+                if time.monotonic() > deadline:
+                    return
+                self._let_step()
 
     def abandon(self) -> None:
         """Clear what an error left in the engine: requests, final states, half-filled blocks."""
@@ -171,6 +235,8 @@ class OfflineEngine:
     def _run(self, feeds: Sequence[Feed]) -> None:
         """Feed tokens again, or for the first time, under the same memory and ticket."""
         for one in feeds:
+            if self.shared is not None:
+                self.shared.added(str(self._llm.request_counter.counter))
             LLM._add_request(
                 self._llm, one.prompt, one.start.replay_params(), one.lora, one.priority
             )

@@ -8,7 +8,8 @@ returns, every session that was written durably holds its new version.
 import copy
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -31,6 +32,7 @@ from deltamem_vllm.offline.ingest import Ingests, job_of
 from deltamem_vllm.offline.rendering import RENDERING
 from deltamem_vllm.offline.service import OfflineService, check_store
 from deltamem_vllm.offline.sessions import Sessions
+from deltamem_vllm.offline.shared import SharedEngine
 from deltamem_vllm.offline.turn import Turn
 from deltamem_vllm.offline.turns import Turns
 from deltamem_vllm.sessions import PUBLIC_TENANT
@@ -286,6 +288,16 @@ class MemoryLLM(LLM):
             )
         return reports[0] if isinstance(session, str) else reports
 
+    @contextmanager
+    def shared(self) -> Iterator[SharedEngine]:
+        """Let calls of `generate`, `chat` and `ingest` of several other threads run together.
+
+        Each is what it would be alone, with its own leases and its own commit, and fills the
+        engine's batch with the others. This thread must call `step_until` of what it is given.
+        """
+        with self._service.share() as shared:
+            yield shared
+
     def _run_turns(
         self,
         run: Any,
@@ -341,8 +353,16 @@ class MemoryLLM(LLM):
         if self._turns:
             turn = self._turns.popleft()
             prompt, params = turn.enter(prompt, params, self._service.max_model_len)
+        if (shared := self._service.engine.shared) is not None:
+            shared.added(str(self.request_counter.counter))
         request_id: str = super()._add_request(prompt, params, lora_request, priority)
         return request_id
+
+    def _run_engine(self, *args: Any, **kwargs: Any) -> Any:
+        """Called by vLLM when requests were added: let them run to their ends."""
+        if (shared := self._service.engine.shared) is not None:
+            return shared.run()
+        return super()._run_engine(*args, **kwargs)
 
 
 def _cause(error: ValidationError) -> Exception:

@@ -30,6 +30,7 @@ from deltamem_vllm.errors import MemoryRequestError, StoreError
 from deltamem_vllm.offline.call import CallSessions
 from deltamem_vllm.offline.engine import OfflineEngine
 from deltamem_vllm.offline.rendering import text_tokens
+from deltamem_vllm.offline.shared import SharedEngine
 from deltamem_vllm.sessions import SessionKey, SessionStore, open_store
 from deltamem_vllm.sessions.keeper import LeaseKeeper
 from deltamem_vllm.state.snapshot import StateShape
@@ -129,10 +130,22 @@ class OfflineService:
         """
         if not self.close.alive:
             raise MemoryRequestError("this MemoryLLM is closed; make another.")
+        if (shared := self.engine.shared) is not None:
+            with shared.call():
+                if self._is_time_to_sweep():
+                    with shared.aside():
+                        self._sweep()
+                sessions = CallSessions(self.store, self._keeper, self._threads, shared)
+                try:
+                    yield sessions
+                finally:
+                    sessions.close()
+            return
         # One call at a time: vLLM's `LLM` mixes up the requests of two threads.
         with self._running:
             self.engine.tidy()
-            self._sweep()
+            if self._is_time_to_sweep():
+                self._sweep()
             if self.llm.llm_engine.has_unfinished_requests():
                 raise MemoryRequestError(
                     "requests of `enqueue` are waiting: collect them with `wait_for_completion` "
@@ -144,12 +157,26 @@ class OfflineService:
             finally:
                 sessions.close()
 
-    def _sweep(self) -> None:
-        """Remove what expired, now and then."""
+    @contextmanager
+    def share(self) -> Iterator[SharedEngine]:
+        """See `MemoryLLM.shared`.
+
+        Raises:
+            MemoryRequestError: the engine is not idle, or was shut down.
+        """
+        with self.call(), self.engine.share() as shared:
+            yield shared
+
+    def _is_time_to_sweep(self) -> bool:
+        """Now and then, for one caller."""
         now = time.monotonic()
         if now < self._swept + self.settings.sweep_seconds:
-            return
+            return False
         self._swept = now
+        return True
+
+    def _sweep(self) -> None:
+        """Remove what expired."""
         try:
             self.store.sweep()
         except StoreError as error:

@@ -15,6 +15,7 @@ from vllm.forward_context import ForwardContext
 from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.renderers.base import BaseRenderer
 from vllm.triton_utils import dispatcher
+from vllm.utils.counter import Counter
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
@@ -398,6 +399,16 @@ def test_an_engine_can_be_cleared_of_all_its_requests() -> None:
     assert "internal" in parameters(OutputProcessor.abort_requests)
     assert parameters(LLM._run_engine) == ("output_type", "use_tqdm")
     assert parameters(LLM._add_request) == ("prompt", "params", "lora_request", "priority")
+
+
+def test_the_id_of_the_next_request_is_known_before_it_is_added() -> None:
+    """An output has it, too; `SharedEngine` hands outputs out by it."""
+    counter = Counter(5)
+    assert (counter.counter, next(counter), counter.counter) == (5, 5, 6)
+    assert "self.request_counter = Counter()" in inspect.getsource(LLM.__init__)
+    assert "str(next(self.request_counter))" in inspect.getsource(LLM._add_request)
+    for run in (LLM._render_and_run_requests, LLM.wait_for_completion):
+        assert "self._run_engine(" in inspect.getsource(run)
 
 
 def test_an_engine_client_knows_that_its_engine_died() -> None:

@@ -1,0 +1,1 @@
+"""What runs on Ray: batches on Ray Data (`batch`)."""

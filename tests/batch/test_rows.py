@@ -1,0 +1,131 @@
+"""The format of rows: what is taken, and what is said of what is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deltamem_vllm.batch.openai_rows import from_openai
+from deltamem_vllm.batch.rows import parse_row
+from deltamem_vllm.batch.source import Source
+from deltamem_vllm.errors import BatchError, RowError
+from tests.batch.rows import chat, mixed_rows, write_jsonl
+
+
+@pytest.mark.parametrize("row", mixed_rows(2), ids=lambda row: row["id"])
+def test_rows_of_all_kinds_are_taken(row: dict[str, Any]) -> None:
+    assert parse_row(row).model_dump(exclude_unset=True) == row
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "x"}, "id: Field required"),
+        ({"id": "", "prompt": "x"}, "id: String should have at least 1"),
+        ({"id": 7, "prompt": "x"}, "id: Input should be a valid string"),
+        ({"id": "a"}, "this one has none"),
+        ({"id": "a", "prompt": "x", "turns": ["y"]}, "has prompt and turns"),
+        ({"id": "a", "prompt": "x", "sesion": "s"}, "sesion: Extra inputs"),
+        ({"id": "a", "prompt": ""}, "prompt: is empty"),
+        ({"id": "a", "messages": []}, "messages: List should have at least 1"),
+        ({"id": "a", "turns": ["x", ""]}, "turns: one is empty"),
+        ({"id": "a", "ingest": "x"}, "ingest: writes a session"),
+        ({"id": "a", "ingest": "x", "session": "s", "mode": "read_only"}, "ingest: writes"),
+        ({"id": "a", "ingest": "x", "session": "s", "sampling": {"seed": 1}}, "sampling: an in"),
+        ({"id": "a", "prompt": "x", "replace": True}, "replace and segment_tokens"),
+        ({"id": "a", "prompt": "x", "mode": "read_only"}, "read_only needs a session"),
+        ({"id": "a", "prompt": "x", "session": "s", "mode": "off"}, "cannot name a session"),
+        ({"id": "a", "prompt": "x", "session": "s", "ttl": -1}, "ttl: Input should be greater"),
+        ({"id": "a", "messages": chat(1), "session": "s", "mode": "read_only", "ttl": 5}, "ttl"),
+        ({"id": "a", "prompt": "x", "session": "s\n"}, "session"),
+        ({"id": "a", "prompt": "x", "session": "s", "window": {"messages": 1}}, "window: belongs"),
+        ({"id": "a", "messages": chat(1), "session": "s", "window": {}}, "window is"),
+        ({"id": "a", "prompt": "x", "sampling": {"temperature": "0"}}, "sampling.temperature"),
+        ({"id": "a", "prompt": "x", "sampling": {"best_of": 2}}, "sampling.best_of"),
+        ([1], "a row is an object, not list"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(row: Any, reason: str) -> None:
+    with pytest.raises(RowError) as raised:
+        parse_row(row)
+    assert reason in str(raised.value)
+
+
+def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
+    lines = [
+        json.dumps({"id": "a", "prompt": "x"}),
+        "{",
+        "",
+        '{"id": "nan", "prompt": "x", "ttl": NaN}',
+        json.dumps({"id": "a", "prompt": "y"}),
+        json.dumps({"id": "b", "prompt": "y", "mode": "later"}),
+        "[" * 100_000,
+        json.dumps({"id": "c", "prompt": "x"}),
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\n".join(lines).encode() + b"\n\xff\xfe\n")
+    placed = list(Source(path))
+    assert [one.row.id for one in placed if one.row is not None] == ["a", "c"]
+    problems = {
+        one.problem.row: (one.problem.id, one.problem.error)
+        for one in placed
+        if one.problem is not None
+    }
+    assert sorted(problems) == [f"rows.jsonl:{number}" for number in (2, 4, 5, 6, 7, 9)]
+    assert problems["rows.jsonl:5"] == (None, "id: 'a' is that of an earlier row")
+    assert problems["rows.jsonl:6"][0] == "b"
+    assert len({one.key for one in placed}) == len(placed)
+
+
+def test_parquet_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [row for row in mixed_rows(3) if "turns" not in row or "session" in row]
+    (tmp_path / "p").mkdir()
+    columns = {name: None for row in rows for name in row}
+    table = pyarrow.Table.from_pylist([{**columns, **row} for row in rows])
+    parquet.write_table(table, tmp_path / "p" / "rows.parquet")
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    from_parquet = [one.row for one in Source(tmp_path / "p")]
+    assert from_parquet == [one.row for one in Source(tmp_path / "rows.jsonl")]
+    assert None not in from_parquet
+    (tmp_path / "p" / "bad.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BatchError, match=r"bad\.parquet"):
+        list(Source(tmp_path / "p"))
+
+
+def test_openai_rows_mean_the_same() -> None:
+    body = {
+        "model": "any",
+        "messages": chat(1),
+        "max_completion_tokens": 5,
+        "temperature": 0,
+        "stream": False,
+        "memory": {"session": "s", "mode": "read_only"},
+    }
+    row = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    expected = {"id": "a", "session": "s", "mode": "read_only", "messages": chat(1)}
+    expected["sampling"] = {"max_tokens": 5, "temperature": 0}
+    assert parse_row(from_openai(row)) == parse_row(expected)
+    for change, reason in (
+        ({"stream": True}, r"body\.stream"),
+        ({"n": 2}, r"body\.n"),
+        ({"logit_bias": {}}, "logit_bias"),
+        ({"memory": {"turn": "t"}}, r"body\.memory: turn"),
+    ):
+        with pytest.raises(RowError, match=reason):
+            from_openai({**row, "body": {**body, **change}})
+    for change, reason in (({"url": "/v1/embeddings"}, "url"), ({"body": 1}, "body")):
+        with pytest.raises(RowError, match=reason):
+            from_openai({**row, **change})
+
+
+def test_inputs_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(BatchError, match=str(path)):
+            Source(path)
+    (tmp_path / "rows.csv").touch()
+    with pytest.raises(BatchError, match=r"rows\.csv"):
+        Source(tmp_path / "rows.csv")
