@@ -7,6 +7,10 @@ READY := $(VENV)/.ready
 # The CPU build of torch must be there before vLLM, whose dependencies would bring a CUDA build.
 TORCH ?= torch==2.13.0+cpu
 
+# Files side by side; each worker needs 6 GB of memory.
+WORKERS ?= 2
+IN_PARALLEL := -n $(WORKERS) --dist loadfile
+
 INSTALL_REDIS := apt-get install -qq --no-install-recommends redis-server
 
 export VLLM_CPU_KVCACHE_SPACE ?= 1
@@ -41,10 +45,10 @@ demo: $(READY) ## tell a small model facts, delete them, and ask: answers come f
 	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
 
 test: lint redis ## lint, types and all tests but the long sweeps (2 cores, no GPU)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 test-full: lint redis ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(IN_PARALLEL)
 
 redis: ## install redis-server for the tests of the networked store, where that can be done
 	@command -v redis-server >/dev/null || { test "$$(id -u)" = 0 && command -v apt-get >/dev/null \

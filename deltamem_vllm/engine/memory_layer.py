@@ -44,6 +44,7 @@ from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.ops import (
     BoundCorrection,
     BoundStep,
+    ReadingStep,
     StatePages,
     bind_correction,
     bind_step,
@@ -87,7 +88,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         self.pages_are_initialised = kv_connector_of(vllm_config) == CONNECTOR_NAME
         self.pages: StatePages | None = None
         self.step: BoundStep | None = None
-        self.correct_o: Callable[[Tensor, Tensor], None] = partial(self._correct, "o")
+        self.correct_o: Callable[[Tensor, Tensor], Tensor] = partial(self._correct, "o")
         self._step_corrects = False
         self._dtype = vllm_config.model_config.dtype
         self.loaded = False
@@ -224,16 +225,15 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         for head, base in zip(QKV_HEADS, parts, strict=True):
             self._correct(head, base, reads)
 
-    def _correct(self, head: DeltaHead, base: Tensor, reads: Tensor) -> None:
+    def _correct(self, head: DeltaHead, base: Tensor, reads: Tensor) -> Tensor:
         """Add to base [T, n], in place, the correction that reads [T, H * r] make, if any."""
         delta: Tensor | None = getattr(self, f"delta_{head}")
         if delta is None:
-            return
+            return base
         norm = self.output_norm if head == "o" else None
         is_probed = self.probe is not None and self.probe.head == head
         if norm is None and not is_probed and base.dtype == reads.dtype:
-            base.addmm_(reads, delta.t())
-            return
+            return base.addmm_(reads, delta.t())
         correction = nn.functional.linear(reads, delta)
         if norm is not None:
             size, eps = (correction.shape[-1],), self.config.delta_o_rmsnorm_eps
@@ -241,7 +241,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         if is_probed:
             assert self.probe is not None
             self.probe(base, correction, reads)
-        base.add_(correction.to(base.dtype))
+        return base.add_(correction.to(base.dtype))
 
     # KV cache
 
@@ -329,6 +329,21 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             projection=self.projection if self._on_cpu else None,
             correction=correction,
         )
+        if self._step_corrects and not self._is_traced and isinstance(self.step, ReadingStep):
+            # Calls of Python cost more than the rule: the shortest way replaces the general one.
+            self.read = self._shortest_read(self.step)  # type: ignore[method-assign,assignment]
+            self.correct_output = self.correct_o  # type: ignore[method-assign,assignment]
+
+    def _shortest_read(self, step: ReadingStep) -> Callable[[Tensor, Tensor], Tensor]:
+        name, read, read_dim = self.layer_name, step.read, self.rule.read_dim
+
+        def shortest(hidden_states: Tensor, qkv: Tensor) -> Tensor:
+            metadata: Any = get_forward_context().attn_metadata
+            if metadata is None:
+                return torch.zeros(hidden_states.shape[0], read_dim)
+            return read(hidden_states, metadata[name].bound, qkv)
+
+        return shortest
 
     def _bind_corrections(self) -> BoundCorrection | None:
         """Bind those that are nothing but a product; return that of q, k and v together."""
@@ -349,10 +364,10 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             return None
         return bind_correction(torch.cat(rows), self._dtype)
 
-    def _measure(self, correction: BoundCorrection, base: Tensor, reads: Tensor) -> None:
+    def _measure(self, correction: BoundCorrection, base: Tensor, reads: Tensor) -> Tensor:
         assert self.probe is not None
         correction.add_norms(base, reads, self.probe.sums)
-        correction(base, reads)
+        return correction(base, reads)
 
     def state_at(self, block: int, num_tokens: int) -> Tensor:
         """The state [H, r, r] after `num_tokens` tokens, the last of which lies in `block`."""

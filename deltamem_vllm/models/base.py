@@ -40,6 +40,8 @@ class MemoryModel(nn.Module):
             attention.memory = MemoryLayer(
                 attention, self._adapter, vllm_config, f"{prefix}.{name}" if prefix else name
             )
+            # `nn.Module.__getattr__` takes longer than some of the calls.
+            attention.__dict__["memory"] = attention.memory
             # The stock decoder layer names its attention class itself; the subclass differs in
             # methods only, so the built module can become one.
             attention.__class__ = self.memory_attention

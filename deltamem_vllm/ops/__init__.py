@@ -10,7 +10,7 @@ form for CPUs, `triton.py` the one for GPUs.
 import functools
 import logging
 from importlib.util import find_spec
-from typing import Protocol, cast
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ __all__ = [
     "BoundCorrection",
     "BoundStep",
     "DeltaRule",
+    "ReadingStep",
     "SpanPages",
     "StatePages",
     "bind_batch",
@@ -141,12 +142,15 @@ def memory_step(
 class BoundCorrection(Protocol):
     """Adds the corrections that reads make, by weights that stay as they are."""
 
-    def __call__(self, base: Tensor, reads: Tensor) -> None:
+    def __call__(self, base: Tensor, reads: Tensor) -> Tensor:
         """base += reads delta^T, in place; the sum is rounded once to the dtype of `base`.
 
         Args:
             base: [T, at least n], rows contiguous; its first n columns are corrected.
             reads: [T, H * r] fp32, contiguous.
+
+        Returns:
+            base.
         """
 
     def add_norms(self, base: Tensor, reads: Tensor, sums: Tensor) -> None:
@@ -184,6 +188,18 @@ class BoundStep(Protocol):
             bound: see `bind_batch`.
             reads: [T, H * r] fp32, contiguous; overwritten.
             base: what the step's correction corrects, if it has one.
+        """
+
+
+@runtime_checkable
+class ReadingStep(Protocol):
+    """A `BoundStep` that has weights and a correction, and another way to be called."""
+
+    def read(self, source: Tensor, bound: BoundBatch, base: Tensor) -> Tensor:
+        """The step with a tensor of reads that all layers use: theirs until the next one's step.
+
+        Returns:
+            The reads.
         """
 
 

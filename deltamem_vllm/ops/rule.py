@@ -140,7 +140,7 @@ class Batch(NamedTuple):
     max_query_len: int | None = None  # no row has more tokens in this step; None: not known
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class BoundBatch:
     """A batch, checked, for all layers of a step; its tensors must stay where they are."""
 
@@ -150,3 +150,13 @@ class BoundBatch:
 
     at: int = 0
     """Where `numbers` are."""
+
+    reads: Tensor | None = None
+    """Where layers that are given no other place write what they read."""
+
+    num_tokens: int = -1
+    """Rows of `reads`; no step's until there are some."""
+
+    reads_at: int = 0
+    scratch_at: int = 0
+    """Where `reads` are, and what a layer's step needs meanwhile."""

@@ -11,8 +11,9 @@ What is where: `step.py` says in which order things happen, `numbers.py` how ten
 
 import ctypes
 import struct
+import sys
 import threading
-from typing import Final
+from typing import Final, NoReturn
 
 import numpy as np
 import torch
@@ -22,23 +23,34 @@ from deltamem_vllm.ops.cpu.lanes import LANES, ROWS
 from deltamem_vllm.ops.cpu.numbers import (
     ALL,
     BAD_ROW,
+    BASE_COLUMNS,
+    BASE_IS_BF16,
     CALL_NUMBERS,
+    CHANGING_CALL_NUMBERS,
+    CHANGING_CORRECTION_NUMBERS,
     CHECK,
+    CORRECTED,
+    CORRECTION,
     CORRECTION_NUMBERS,
+    DELTA,
+    DELTA_IS_BF16,
     GRAM,
     HIDDEN_BF16,
     HIDDEN_FP32,
     LAST_ROWS,
     LATE_ROWS,
+    LAYER,
     NEXT,
     NORMS,
     PHASE,
     PROJECTIONS,
+    READ_DIM,
     STEP_NUMBERS,
     TOKENS,
     WORD_BYTES,
 )
 from deltamem_vllm.ops.cpu.numbers import ROWS as ROWS_PHASE
+from deltamem_vllm.ops.cpu.numbers import TILE as TILE_TOKENS
 from deltamem_vllm.ops.cpu.products import can_pack, pack
 from deltamem_vllm.ops.cpu.step import run_correction, run_norms, run_step
 from deltamem_vllm.ops.cpu.team import run_by_team, team_size
@@ -120,12 +132,51 @@ class LayerStep:
             np.int64,
         )
         self._at: int = self._numbers.ctypes.data
+        self._read_dim = rule.read_dim
         self._scratch_words = ACTIVATIONS * rule.num_heads * width
         if weights is not None:
             self._scratch_words += weights.shape[0] * LANES
         self._threads = team_size()
+        self._team_tokens = TEAM_TOKENS if self._threads > 1 else sys.maxsize
+        self._dtype = None if correction is None else correction.dtype
+        self._kind = HIDDEN_BF16 if self._dtype is torch.bfloat16 else HIDDEN_FP32
         self._call = (ctypes.c_int64 * CALL_NUMBERS)()
+        self._call[LAYER], self._call[BAD_ROW] = self._at, -1
+        self._call[CORRECTION] = 0 if correction is None else correction.at
         self._call_at = ctypes.addressof(self._call)
+
+    def read(self, source: Tensor, bound: BoundBatch, base: Tensor) -> Tensor:
+        """See `deltamem_vllm.ops.ReadingStep`; `source` and `base` have the correction's dtype.
+
+        All in one piece: a frame of Python here takes as long as a request's whole token below.
+        """
+        if bound.num_tokens != source.size(0):
+            self._make_room(source.size(0), bound)
+        if source.dtype is not self._dtype or base.dtype is not self._dtype:
+            raise TypeError(f"expected {self._dtype}, got {source.dtype} and {base.dtype}")
+        _CALL.pack_into(
+            self._call,
+            0,
+            bound.at,
+            source.data_ptr(),
+            source.stride(0),
+            self._kind,
+            bound.num_tokens,
+            bound.reads_at,
+            bound.scratch_at,
+            base.data_ptr(),
+            base.stride(0),
+            ALL,
+            TILE,
+            0,
+        )
+        if bound.num_tokens >= self._team_tokens:
+            self._run_as_team()
+        else:
+            run_step(self._call_at)
+        if self._call[BAD_ROW] >= 0:
+            self._raise(bound)
+        return bound.reads  # type: ignore[return-value]  # there is room
 
     def __call__(
         self, source: Tensor, bound: BoundBatch, reads: Tensor, base: Tensor | None = None
@@ -134,56 +185,68 @@ class LayerStep:
 
         Raises:
             ValueError: a row of the batch points outside of a tensor. Nothing is written then.
+            TypeError: the base's dtype is not that of the correction.
         """
-        if self._tensors[2] is None:
-            kind = PROJECTIONS
-        elif source.dtype is torch.bfloat16:
-            kind = HIDDEN_BF16
-        else:
-            kind = HIDDEN_FP32
-            source = source.float()
-        correction_at = 0
+        kind = PROJECTIONS
+        if self._tensors[2] is not None:
+            kind = _KINDS.get(source.dtype, HIDDEN_FP32)
+            source = source if source.dtype in _KINDS else source.float()
+        corrected = corrected_stride = 0
         if base is not None and self._correction is not None:
-            self._correction.prepare(base, reads)
-            correction_at = self._correction.at
+            self._correction.check(base)
+            corrected, corrected_stride = base.data_ptr(), base.stride(0)
         tokens = reads.shape[0]
-        as_team = self._threads > 1 and tokens >= TEAM_TOKENS
+        if bound.num_tokens != tokens:
+            self._make_room(tokens, bound)
         _CALL.pack_into(
             self._call,
             0,
-            self._at,
             bound.at,
             source.data_ptr(),
             source.stride(0),
             kind,
             tokens,
             reads.data_ptr(),
-            _scratch.at(tokens * self._scratch_words),
-            correction_at,
-            CHECK if as_team else ALL,
-            TEAM_TILE if as_team else TILE,
-            0,
-            -1,
+            bound.scratch_at,
+            corrected,
+            corrected_stride,
+            ALL,
+            TILE,
             0,
         )
+        if tokens >= self._team_tokens:
+            self._run_as_team()
+        else:
+            run_step(self._call_at)
+        if self._call[BAD_ROW] >= 0:
+            self._raise(bound)
+
+    def _make_room(self, tokens: int, bound: BoundBatch) -> None:
+        """Where a step's layers, one after the other, put reads and what is between phases."""
+        bound.num_tokens = tokens
+        bound.reads = torch.empty((tokens, self._read_dim))
+        bound.reads_at = bound.reads.data_ptr()
+        bound.scratch_at = _scratch.at(tokens * self._scratch_words)
+
+    def _run_as_team(self) -> None:
+        self._call[PHASE], self._call[TILE_TOKENS] = CHECK, TEAM_TILE
         run_step(self._call_at)
         if self._call[BAD_ROW] >= 0:
-            self._raise(bound, tokens)
-        if as_team:
-            for phase in (TOKENS, ROWS_PHASE):
-                self._call[PHASE], self._call[NEXT] = phase, 0
-                run_by_team(run_step, self._call_at, self._threads)
-            if self._call[LATE_ROWS]:
-                self._call[PHASE] = LAST_ROWS
-                run_step(self._call_at)
-            if correction_at:
-                run_by_team(run_correction, correction_at, self._threads)
+            return
+        for phase in (TOKENS, ROWS_PHASE):
+            self._call[PHASE], self._call[NEXT] = phase, 0
+            run_by_team(run_step, self._call_at, self._threads)
+        if self._call[LATE_ROWS]:
+            self._call[PHASE] = LAST_ROWS
+            run_step(self._call_at)
+        if self._call[CORRECTED]:
+            run_by_team(run_correction, self._call[CORRECTION], self._threads)
 
-    def _raise(self, bound: BoundBatch, tokens: int) -> None:
+    def _raise(self, bound: BoundBatch) -> NoReturn:
         row, batch, pages = self._call[BAD_ROW], bound.batch, self._tensors[1]
         raise ValueError(
             f"row {row} of the batch points outside of its tensors: {batch.seq_lens[row]} tokens, "
-            f"queries {batch.query_start_loc[row : row + 2].tolist()} of {tokens}, "
+            f"queries {batch.query_start_loc[row : row + 2].tolist()} of {bound.num_tokens}, "
             f"{batch.block_table.shape[1]} blocks of {self._block_size} in its table, pages 0 to "
             f"{len(pages.states) - 1}"
         )
@@ -198,64 +261,67 @@ class Correction:
     """
 
     def __init__(self, delta: Tensor, dtype: torch.dtype) -> None:
-        self._delta, self._dtype = delta, dtype
-        self._gram: Tensor | None = None
-        self._columns, self._read_dim = delta.shape
+        self.dtype = dtype
+        self._delta = delta
         self._weights = pack(delta)
-        self._weights_at = self._weights.data_ptr()
+        self._gram: Tensor | None = None
         self._threads = team_size()
+        self._team_tokens = TEAM_TOKENS if self._threads > 1 else sys.maxsize
         self._numbers = (ctypes.c_int64 * CORRECTION_NUMBERS)()
+        self._numbers[BASE_IS_BF16] = dtype is torch.bfloat16
+        self._numbers[BASE_COLUMNS], self._numbers[READ_DIM] = delta.shape
+        self._numbers[DELTA] = self._weights.data_ptr()
+        self._numbers[DELTA_IS_BF16] = self._weights.dtype is torch.bfloat16
         self.at = ctypes.addressof(self._numbers)
+        """Where its numbers are, for a step that corrects by the way."""
 
-    def __call__(self, base: Tensor, reads: Tensor) -> None:
-        """See `deltamem_vllm.ops.BoundCorrection`."""
-        self.prepare(base, reads)
-        if self._threads > 1 and base.shape[0] >= TEAM_TOKENS:
+    def __call__(self, base: Tensor, reads: Tensor) -> Tensor:
+        """See `deltamem_vllm.ops.BoundCorrection`.
+
+        Raises:
+            TypeError: the dtype is not that of the correction.
+        """
+        if base.dtype is not self.dtype:
+            self.check(base)
+        tokens = base.size(0)
+        _CORRECTION.pack_into(
+            self._numbers, 0, base.data_ptr(), base.stride(0), tokens, reads.data_ptr(), 0
+        )
+        if tokens >= self._team_tokens:
             run_by_team(run_correction, self.at, self._threads)
         else:
             run_correction(self.at)
+        return base
 
     def add_norms(self, base: Tensor, reads: Tensor, sums: Tensor) -> None:
         """Add squared norms, of the correction and of what it will be added to, to fp32 `sums` [2].
 
         Tokens that read nothing do not count.
         """
-        self.prepare(base, reads)
+        self.check(base)
         if self._gram is None:
             delta = self._delta.double()
             self._gram = (delta.t() @ delta).float()
         self._numbers[GRAM], self._numbers[NORMS] = self._gram.data_ptr(), sums.data_ptr()
+        _CORRECTION.pack_into(
+            self._numbers, 0, base.data_ptr(), base.stride(0), base.shape[0], reads.data_ptr(), 0
+        )
         run_norms(self.at)
 
-    def prepare(self, base: Tensor, reads: Tensor) -> None:
-        """Write down what a call of compiled code at `at` shall correct.
+    def check(self, base: Tensor) -> None:
+        """Refuse what compiled code would take for something else.
 
         Raises:
             TypeError: the dtype is not that of the correction.
         """
-        if base.dtype is not self._dtype:
-            raise TypeError(f"expected {self._dtype}, got {base.dtype}")
-        _CORRECTION.pack_into(
-            self._numbers,
-            0,
-            base.data_ptr(),
-            base.stride(0),
-            self._dtype is torch.bfloat16,
-            self._columns,
-            base.shape[0],
-            reads.data_ptr(),
-            self._read_dim,
-            self._weights_at,
-            self._weights.dtype is torch.bfloat16,
-            0,
-            0,
-            0,
-        )
+        if base.dtype is not self.dtype:
+            raise TypeError(f"expected {self.dtype}, got {base.dtype}")
 
 
+_KINDS = {torch.float32: HIDDEN_FP32, torch.bfloat16: HIDDEN_BF16}
 _StepNumbers = ctypes.c_int64 * STEP_NUMBERS
-_CALL = struct.Struct(f"{CALL_NUMBERS}q")
-_CORRECTION = struct.Struct(f"{CORRECTION_NUMBERS}q")
+_CALL = struct.Struct(f"{CHANGING_CALL_NUMBERS}q")
+_CORRECTION = struct.Struct(f"{CHANGING_CORRECTION_NUMBERS}q")
 
 
 class _Scratch(threading.local):

@@ -44,9 +44,8 @@ Ints = npt.NDArray[np.int32]
 # A step's, the same for all layers.
 BLOCK_TABLE, TABLE_WIDTH, TABLE_STRIDE, QUERY_START_LOC, SEQ_LENS, NUM_ROWS, STEP_NUMBERS = range(7)
 
-# A call's: one layer in one step.
+# A call's: one layer in one step. The first ones change with each call.
 (
-    LAYER,
     STEP,
     INPUT,
     INPUT_STRIDE,
@@ -54,14 +53,18 @@ BLOCK_TABLE, TABLE_WIDTH, TABLE_STRIDE, QUERY_START_LOC, SEQ_LENS, NUM_ROWS, STE
     NUM_TOKENS,
     READS,
     SCRATCH,
-    CORRECTION,  # the numbers of a correction, or 0
+    CORRECTED,  # what is corrected, or 0
+    CORRECTED_STRIDE,
     PHASE,
     TILE,  # tokens that are projected and activated together
     NEXT,  # the next piece of the phase's work that nobody has taken
+    LAYER,
+    CORRECTION,  # the numbers of a correction, or 0
     BAD_ROW,  # the first malformed row, or -1
     LATE_ROWS,
     CALL_NUMBERS,
-) = range(15)
+) = range(17)
+CHANGING_CALL_NUMBERS: Final = LAYER
 
 # Kinds of input.
 PROJECTIONS, HIDDEN_FP32, HIDDEN_BF16 = range(3)
@@ -69,21 +72,22 @@ PROJECTIONS, HIDDEN_FP32, HIDDEN_BF16 = range(3)
 # Phases. A team of threads runs the middle two, each in pieces; one thread runs all in one call.
 CHECK, TOKENS, ROWS, LAST_ROWS, ALL = range(5)
 
-# A correction's.
+# A correction's. The first ones change with each call.
 (
     BASE,
     BASE_STRIDE,
-    BASE_IS_BF16,
-    BASE_COLUMNS,
     BASE_TOKENS,
     BASE_READS,
+    BASE_NEXT,
+    BASE_IS_BF16,
+    BASE_COLUMNS,
     READ_DIM,
     DELTA,  # packed like the weights
     DELTA_IS_BF16,
-    BASE_NEXT,
     GRAM,  # [H * r, H * r] fp32, delta^T delta
     NORMS,  # two fp32 sums
     CORRECTION_NUMBERS,
 ) = range(13)
+CHANGING_CORRECTION_NUMBERS: Final = BASE_IS_BF16
 
 WORD_BYTES: Final = 4

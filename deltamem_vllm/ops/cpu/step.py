@@ -23,11 +23,16 @@ from deltamem_vllm.ops.cpu.lanes import longs_at, prefetch, take
 from deltamem_vllm.ops.cpu.numbers import (
     ALL,
     BAD_ROW,
+    BASE,
     BASE_NEXT,
+    BASE_READS,
+    BASE_STRIDE,
     BASE_TOKENS,
     BLOCK_SIZE,
     CALL_NUMBERS,
     CHECK,
+    CORRECTED,
+    CORRECTED_STRIDE,
     CORRECTION,
     CORRECTION_NUMBERS,
     COUPLE_LAMBDA,
@@ -52,6 +57,7 @@ from deltamem_vllm.ops.cpu.numbers import (
     PHASE,
     PROJECTIONS,
     RANK,
+    READS,
     RING,
     ROWS,
     STATES,
@@ -213,6 +219,16 @@ def _run_late_rows(layer: Numbers, step: Numbers, call: Numbers) -> None:
         run_row(layer, step, call, row, state, read, words)
 
 
+@compiled
+def _prepare_correction(call: Numbers) -> None:
+    """Write down what the step's correction corrects."""
+    if call[CORRECTED] != 0:
+        numbers = carray(longs_at(call[CORRECTION]), (CORRECTION_NUMBERS,))
+        numbers[BASE], numbers[BASE_STRIDE] = call[CORRECTED], call[CORRECTED_STRIDE]
+        numbers[BASE_TOKENS], numbers[BASE_READS] = call[NUM_TOKENS], call[READS]
+        numbers[BASE_NEXT] = 0
+
+
 @compiled_once
 def _correct_tokens(address: int) -> None:
     """Correct tiles of tokens until none is left."""
@@ -236,6 +252,7 @@ def _make_step(sources: int):  # type: ignore[no-untyped-def]  # a plain functio
             if call[BAD_ROW] >= 0:
                 return
             _prefetch_pages(layer, step)
+            _prepare_correction(call)
         if phase in (TOKENS, ALL):
             while True:
                 tile = take(address + NEXT * 8)
@@ -248,7 +265,7 @@ def _make_step(sources: int):  # type: ignore[no-untyped-def]  # a plain functio
             _run_rows(layer, step, call)
         if phase in (LAST_ROWS, ALL) and call[LATE_ROWS] > 0:
             _run_late_rows(layer, step, call)
-        if phase == ALL and call[CORRECTION] != 0:
+        if phase == ALL and call[CORRECTED] != 0:
             _correct_tokens(call[CORRECTION])
 
     return run
