@@ -200,6 +200,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
 
         Must follow the all-reduce of a row-parallel o_proj: every rank adds the whole correction.
         """
+        if self.delta_o is None:
+            return output
         if not self._on_cpu:
             self._correct("o", output, reads)
         elif self._is_traced:
@@ -349,20 +351,23 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
         """Bind those that are nothing but a product; return that of q, k and v together."""
         probed = self.probe.head if self.probe is not None else None
         if self.delta_o is not None and self.output_norm is None:
-            bound = bind_correction(self.delta_o, self._dtype)
+            measured = probed == "o"
+            bound = bind_correction(self.delta_o, self._dtype, measured=measured)
             if bound is not None:
-                self.correct_o = partial(self._measure, bound) if probed == "o" else bound
-        rows: list[Tensor] = []
-        before = 0
-        for head, size in zip(QKV_HEADS, self._qkv_sizes, strict=True):
-            if head in self.config.delta_heads:
-                unchanged = before - sum(map(len, rows))
-                rows.append(self.gate_bias.new_zeros(unchanged, self.rule.read_dim))
-                rows.append(getattr(self, f"delta_{head}"))
-            before += size
-        if not rows or probed in QKV_HEADS:
+                self.correct_o = partial(self._measure, bound) if measured else bound
+        heads = [head for head in QKV_HEADS if head in self.config.delta_heads]
+        if not heads or probed in QKV_HEADS:
             return None
-        return bind_correction(torch.cat(rows), self._dtype)
+        # What lies between q and v is corrected by 0.
+        indices = range(QKV_HEADS.index(heads[0]), QKV_HEADS.index(heads[-1]) + 1)
+        rows = [
+            self.gate_bias.new_zeros(self._qkv_sizes[index], self.rule.read_dim)
+            if (delta := getattr(self, f"delta_{QKV_HEADS[index]}")) is None
+            else delta
+            for index in indices
+        ]
+        first = sum(self._qkv_sizes[: indices.start])
+        return bind_correction(torch.cat(rows), self._dtype, first=first)
 
     def _measure(self, correction: BoundCorrection, base: Tensor, reads: Tensor) -> Tensor:
         assert self.probe is not None

@@ -146,7 +146,7 @@ class BoundCorrection(Protocol):
         """base += reads delta^T, in place; the sum is rounded once to the dtype of `base`.
 
         Args:
-            base: [T, at least n], rows contiguous; its first n columns are corrected.
+            base: [T, at least first + n], rows contiguous; n columns of it are corrected.
             reads: [T, H * r] fp32, contiguous.
 
         Returns:
@@ -159,18 +159,22 @@ class BoundCorrection(Protocol):
         """
 
 
-def bind_correction(delta: Tensor, dtype: torch.dtype) -> BoundCorrection | None:
+def bind_correction(
+    delta: Tensor, dtype: torch.dtype, *, first: int = 0, measured: bool = False
+) -> BoundCorrection | None:
     """A correction in one call; None where nothing is faster than torch.
 
     Args:
         delta: [n, H * r] fp32. Must not change later.
         dtype: of what is corrected.
+        first: the column that the first row of `delta` corrects.
+        measured: `add_norms` will be called.
     """
     if delta.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
         from deltamem_vllm.ops import cpu
 
         if cpu.can_pack(delta.shape[0]):
-            return cpu.Correction(delta, dtype)
+            return cpu.Correction(delta, dtype, first, measured)
     return None
 
 

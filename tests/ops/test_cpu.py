@@ -165,11 +165,86 @@ def test_nan_and_infinity_come_through_a_bf16_correction() -> None:
     assert torch.equal(corrected.nan_to_num(7), expected.nan_to_num(7))
 
 
-def test_another_dtype_than_the_bound_one_is_refused() -> None:
+def test_a_bf16_sum_half_way_between_two_numbers_becomes_the_even_one() -> None:
+    correction = bind_correction(torch.full((16, 8), 2.0**-11), torch.bfloat16)
+    assert correction is not None
+    # Numbers near 1 are 2^-7 apart.
+    base = torch.tensor([[1 + i * 2.0**-7 for i in range(16)]]).bfloat16()
+    expected = (base.float() + 2.0**-8).bfloat16()
+    assert not torch.equal(expected, base)
+    correction(base, torch.ones(1, 8))
+    assert torch.equal(base, expected)
+
+
+def test_rounding_errors_do_not_grow_with_the_size_of_hidden_states() -> None:
+    fused = Fused(DeltaRule(8), torch.float32, hidden=16384)
+    fused.hidden, fused.projection = fused.hidden.abs(), fused.projection.abs() * 2.0**-10
+    fused.assert_right()
+
+
+def test_columns_before_the_first_corrected_one_stay_whatever_is_read() -> None:
+    correction = bind_correction(torch.ones(16, 8), torch.float32, first=32)
+    assert correction is not None
+    base = numbers(2, 64, seed=1)
+    expected = base.clone()
+    expected[0, 32:48] = torch.inf
+    expected[1, 32:48] += 8
+    reads = torch.ones(2, 8)
+    reads[0] = torch.inf
+    correction(base, reads)
+    assert_close("base", expected[1:], base[1:])
+    assert torch.equal(expected[0], base[0])
+
+
+def test_what_compiled_code_would_misread_is_refused() -> None:
     correction = bind_correction(torch.ones(16, 8), torch.bfloat16)
     assert correction is not None
-    with pytest.raises(TypeError, match=r"bfloat16.*float32"):
-        correction(torch.ones(1, 16), torch.ones(1, 8))
+    for base in (
+        torch.ones(1, 16),
+        torch.ones(1, 8).bfloat16(),
+        torch.ones(16, 2).bfloat16().t(),
+    ):
+        with pytest.raises(TypeError, match=r"expected rows of torch.bfloat16, 16 at least, got"):
+            correction(base, torch.ones(len(base), 8))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_and_device_of_torch_do_not_matter(default: torch.dtype) -> None:
+    fused = Fused(DeltaRule(8), torch.float32)
+    expected, expected_base = fused.run()
+    delta, dtype = fused.delta, fused.base.dtype
+    torch.set_default_dtype(default)
+    torch.set_default_device("meta")
+    try:
+        assert cpu._Scratch().at(1000) and bind_correction(delta, dtype) is not None
+        torch.set_default_device("cpu")
+        scratch = cpu._Scratch()
+        scratch.at(1000)
+        assert scratch._words.numel() * scratch._words.element_size() >= 4000
+    finally:
+        torch.set_default_device("cpu")
+        torch.set_default_dtype(torch.float32)
+    result, base = fused.run()
+    assert torch.equal(result.reads, expected.reads) and torch.equal(base, expected_base)
+
+
+@pytest.mark.parametrize("column", [0, 8, 16, 24])
+def test_nan_in_any_projection_is_seen_in_what_it_makes(column: int) -> None:
+    case = Case(DeltaRule(8), [Request(5, 4)], seed=3)
+    projections = case.projections.clone()
+    projections[1, column] = torch.nan
+    result = case.run(kernel, projections=projections)
+    # A query's goes into its own read, a key's or a gate's into the state, and later reads.
+    assert result.reads[1 if column == 0 else 2].isnan().any()
+    assert not result.reads[0].isnan().any()
+
+
+def test_a_page_outside_of_the_cache_is_seen_wherever_a_row_has_it() -> None:
+    for block in range(1, 5):
+        case = Case(DeltaRule(8), [Request(20, 60)])
+        case.table[0, block] = len(case.raw)
+        with pytest.raises(ValueError, match="row 0 of the batch"):
+            case.run(kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -178,7 +253,7 @@ def test_norms_are_those_of_tokens_that_read_something(dtype: torch.dtype) -> No
     reads = numbers(20, 32, seed=3)
     reads[4:9] = 0
     base[5] = torch.nan
-    correction = bind_correction(delta, dtype)
+    correction = bind_correction(delta, dtype, measured=True)
     assert correction is not None
     sums, before = torch.tensor([1.0, 2.0]), base.clone()
     correction.add_norms(base, reads, sums)
@@ -189,6 +264,18 @@ def test_norms_are_those_of_tokens_that_read_something(dtype: torch.dtype) -> No
     ]
     assert sums.tolist() == pytest.approx([float(value) for value in expected], rel=1e-5)
     assert torch.equal(base.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_the_norm_of_a_correction_that_cancels_is_not_negative() -> None:
+    row = numbers(1, 32, seed=1)
+    correction = bind_correction(row.repeat(64, 1), torch.float32, measured=True)
+    assert correction is not None
+    sums = torch.zeros(2)
+    for seed in range(20):
+        reads = numbers(1, 32, seed=seed)
+        reads -= row * (reads @ row.t()) / (row @ row.t())
+        correction.add_norms(torch.zeros(1, 64), reads, sums)
+        assert sums[0] >= 0
 
 
 @pytest.mark.usefixtures("team")
@@ -256,12 +343,12 @@ def test_compiled_code_is_told_from_that_of_changed_sources(
     here = Path(compiler.__file__).parent
     copy = tmp_path / "ops" / "cpu"
     shutil.copytree(here, copy)
-    for name in ("rule.py", "reference.py"):
-        shutil.copy(here.parent / name, copy.parent / name)
+    for name in ("ops/rule.py", "ops/reference.py", "config.py"):
+        shutil.copy(here.parents[1] / name, tmp_path / name)
     digest = compiler.digest_of_sources()
     monkeypatch.setattr(compiler, "__file__", str(copy / "compiler.py"))
     assert compiler.digest_of_sources() == digest
-    for changed in (copy / "lanes.py", copy.parent / "rule.py"):
+    for changed in (copy / "lanes.py", copy.parent / "rule.py", tmp_path / "config.py"):
         changed.write_text(changed.read_text() + "\n")
         assert compiler.digest_of_sources() != digest
         digest = compiler.digest_of_sources()

@@ -15,7 +15,6 @@ import sys
 import threading
 from typing import Final, NoReturn
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +39,7 @@ from deltamem_vllm.ops.cpu.numbers import (
     LAST_ROWS,
     LATE_ROWS,
     LAYER,
+    LAYER_NUMBERS,
     NEXT,
     NORMS,
     PHASE,
@@ -102,8 +102,8 @@ class LayerStep:
         self._tensors = (gate_bias, pages, weights)
         self._block_size = block_size
         self._correction = correction
-        self._numbers = np.array(
-            [
+        self._numbers = (ctypes.c_int64 * LAYER_NUMBERS)(
+            *[
                 gate_bias.data_ptr(),
                 rule.gate_bias_dim,
                 0 if weights is None else weights.data_ptr(),
@@ -128,20 +128,21 @@ class LayerStep:
                 rule.normalize_qk,
                 rule.couple_lambda,
                 UPDATE_MODES.index(rule.update_mode),
-            ],
-            np.int64,
+            ]
         )
-        self._at: int = self._numbers.ctypes.data
         self._read_dim = rule.read_dim
         self._scratch_words = ACTIVATIONS * rule.num_heads * width
         if weights is not None:
             self._scratch_words += weights.shape[0] * LANES
         self._threads = team_size()
         self._team_tokens = TEAM_TOKENS if self._threads > 1 else sys.maxsize
-        self._dtype = None if correction is None else correction.dtype
+        self._dtype, self._offset = None, 0
+        if correction is not None:
+            self._dtype, self._offset = correction.dtype, correction.offset
+        self._is_used = False
         self._kind = HIDDEN_BF16 if self._dtype is torch.bfloat16 else HIDDEN_FP32
         self._call = (ctypes.c_int64 * CALL_NUMBERS)()
-        self._call[LAYER], self._call[BAD_ROW] = self._at, -1
+        self._call[LAYER], self._call[BAD_ROW] = ctypes.addressof(self._numbers), -1
         self._call[CORRECTION] = 0 if correction is None else correction.at
         self._call_at = ctypes.addressof(self._call)
 
@@ -152,8 +153,8 @@ class LayerStep:
         """
         if bound.num_tokens != source.size(0):
             self._make_room(source.size(0), bound)
-        if source.dtype is not self._dtype or base.dtype is not self._dtype:
-            raise TypeError(f"expected {self._dtype}, got {source.dtype} and {base.dtype}")
+        if source.dtype is not self._dtype or base.dtype is not self._dtype or not self._is_used:
+            self._check(source, base)
         _CALL.pack_into(
             self._call,
             0,
@@ -164,7 +165,7 @@ class LayerStep:
             bound.num_tokens,
             bound.reads_at,
             bound.scratch_at,
-            base.data_ptr(),
+            base.data_ptr() + self._offset,
             base.stride(0),
             ALL,
             TILE,
@@ -185,7 +186,7 @@ class LayerStep:
 
         Raises:
             ValueError: a row of the batch points outside of a tensor. Nothing is written then.
-            TypeError: the base's dtype is not that of the correction.
+            TypeError: the correction cannot correct the base.
         """
         kind = PROJECTIONS
         if self._tensors[2] is not None:
@@ -194,7 +195,7 @@ class LayerStep:
         corrected = corrected_stride = 0
         if base is not None and self._correction is not None:
             self._correction.check(base)
-            corrected, corrected_stride = base.data_ptr(), base.stride(0)
+            corrected, corrected_stride = base.data_ptr() + self._offset, base.stride(0)
         tokens = reads.shape[0]
         if bound.num_tokens != tokens:
             self._make_room(tokens, bound)
@@ -221,10 +222,22 @@ class LayerStep:
         if self._call[BAD_ROW] >= 0:
             self._raise(bound)
 
+    def _check(self, source: Tensor, base: Tensor) -> None:
+        """What cannot change from call to call is looked at in the first one.
+
+        Raises:
+            TypeError: compiled code would take a tensor for something else.
+        """
+        if source.dtype is not self._dtype or source.stride(1) != 1:
+            raise TypeError(f"expected rows of {self._dtype}, got {describe(source)}")
+        assert self._correction is not None
+        self._correction.check(base)
+        self._is_used = True
+
     def _make_room(self, tokens: int, bound: BoundBatch) -> None:
         """Where a step's layers, one after the other, put reads and what is between phases."""
         bound.num_tokens = tokens
-        bound.reads = torch.empty((tokens, self._read_dim))
+        bound.reads = torch.empty((tokens, self._read_dim), dtype=torch.float32, device="cpu")
         bound.reads_at = bound.reads.data_ptr()
         bound.scratch_at = _scratch.at(tokens * self._scratch_words)
 
@@ -258,13 +271,22 @@ class Correction:
     Args:
         delta: [n, H * r] fp32; n is one that `can_pack`. A copy is kept.
         dtype: of `base`: fp32 or bf16.
+        first: the column of `base` that the first row of `delta` corrects.
+        measured: `add_norms` is called.
     """
 
-    def __init__(self, delta: Tensor, dtype: torch.dtype) -> None:
+    def __init__(
+        self, delta: Tensor, dtype: torch.dtype, first: int = 0, measured: bool = False
+    ) -> None:
         self.dtype = dtype
-        self._delta = delta
+        self.offset = first * dtype.itemsize
+        """In bytes, from where `base` begins."""
+
+        self._columns = first + delta.shape[0]
         self._weights = pack(delta)
-        self._gram: Tensor | None = None
+        # Of the columns' squares: |delta r|^2 is r^T (delta^T delta) r.
+        self._gram = (delta.double().t() @ delta.double()).float() if measured else None
+        self._is_used = False
         self._threads = team_size()
         self._team_tokens = TEAM_TOKENS if self._threads > 1 else sys.maxsize
         self._numbers = (ctypes.c_int64 * CORRECTION_NUMBERS)()
@@ -279,13 +301,14 @@ class Correction:
         """See `deltamem_vllm.ops.BoundCorrection`.
 
         Raises:
-            TypeError: the dtype is not that of the correction.
+            TypeError: see `check`.
         """
-        if base.dtype is not self.dtype:
+        if base.dtype is not self.dtype or not self._is_used:
             self.check(base)
         tokens = base.size(0)
+        base_at = base.data_ptr() + self.offset
         _CORRECTION.pack_into(
-            self._numbers, 0, base.data_ptr(), base.stride(0), tokens, reads.data_ptr(), 0
+            self._numbers, 0, base_at, base.stride(0), tokens, reads.data_ptr(), 0
         )
         if tokens >= self._team_tokens:
             run_by_team(run_correction, self.at, self._threads)
@@ -299,12 +322,11 @@ class Correction:
         Tokens that read nothing do not count.
         """
         self.check(base)
-        if self._gram is None:
-            delta = self._delta.double()
-            self._gram = (delta.t() @ delta).float()
+        assert self._gram is not None
         self._numbers[GRAM], self._numbers[NORMS] = self._gram.data_ptr(), sums.data_ptr()
+        base_at, tokens = base.data_ptr() + self.offset, base.shape[0]
         _CORRECTION.pack_into(
-            self._numbers, 0, base.data_ptr(), base.stride(0), base.shape[0], reads.data_ptr(), 0
+            self._numbers, 0, base_at, base.stride(0), tokens, reads.data_ptr(), 0
         )
         run_norms(self.at)
 
@@ -312,10 +334,18 @@ class Correction:
         """Refuse what compiled code would take for something else.
 
         Raises:
-            TypeError: the dtype is not that of the correction.
+            TypeError: it has another dtype, fewer columns, or its rows are not contiguous.
         """
-        if base.dtype is not self.dtype:
-            raise TypeError(f"expected {self.dtype}, got {base.dtype}")
+        if base.dtype is not self.dtype or base.shape[1] < self._columns or base.stride(1) != 1:
+            raise TypeError(
+                f"expected rows of {self.dtype}, {self._columns} at least, got {describe(base)}"
+            )
+        self._is_used = True
+
+
+def describe(tensor: Tensor) -> str:
+    """What messages say of a tensor."""
+    return f"{tensor.dtype} {tuple(tensor.shape)}, strides {tensor.stride()}"
 
 
 _KINDS = {torch.float32: HIDDEN_FP32, torch.bfloat16: HIDDEN_BF16}
@@ -328,13 +358,13 @@ class _Scratch(threading.local):
     """Memory of this thread between the phases of a call; kept, as fresh pages cost time."""
 
     def __init__(self) -> None:
-        self._words = torch.empty(0)
+        self._words = torch.empty(0, dtype=torch.float32, device="cpu")
         self._address = 0
 
     def at(self, words: int) -> int:
         """The address of at least so many fp32 numbers."""
         if words > self._words.numel():
-            self._words = torch.empty(words)
+            self._words = torch.empty(words, dtype=torch.float32, device="cpu")
             self._address = self._words.data_ptr()
         return self._address
 

@@ -62,7 +62,7 @@ def _gate(rows: Floats, column: int, bias: Floats, rank: int, out: Floats) -> No
         rows: [n, P] projections; the gate's columns begin at `column`.
         bias: [H] for one gate per state, or [H * r] for one per row of a state.
         rank: r.
-        out: every row of a state gets its gate; padding gets some number in 0..1.
+        out: every row of a state gets its gate; padding gets some number, or NaN.
     """
     heads = out.shape[1]
     rankwise = bias.size == heads * rank

@@ -5,11 +5,14 @@ file only. Here a digest of all files that are compiled in is part of what an en
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 import numba
+
+logger = logging.getLogger(__name__)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -51,10 +54,11 @@ def entry_point(make: Callable[[int], Callable[[int], None]]) -> Any:
     signature = "void(int64)"
     try:
         entry = numba.cfunc(signature, cache=True, **OPTIONS)(function)
-    except RuntimeError as error:
-        # Neither the package's folder nor the user's cache folder can be written.
-        if "cannot cache" not in str(error):
+    except (RuntimeError, OSError) as error:
+        # Neither the package's folder nor the user's cache folder can be written, or it is full.
+        if isinstance(error, RuntimeError) and "cannot cache" not in str(error):
             raise
+        logger.warning("compiled code cannot be cached, so each start takes longer: %s", error)
         entry = numba.cfunc(signature, **OPTIONS)(function)
     _entries.append(entry)
     return entry.ctypes
@@ -68,5 +72,6 @@ def digest_of_sources() -> int:
     """A digest of everything that may be compiled into an entry point."""
     here = Path(__file__).parent
     files = [*sorted(here.glob("*.py")), here.parent / "rule.py", here.parent / "reference.py"]
+    files.append(here.parents[1] / "config.py")
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).digest()
     return int.from_bytes(digest[:6], "big")

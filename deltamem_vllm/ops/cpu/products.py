@@ -49,7 +49,7 @@ def pack(weight: Tensor) -> Tensor:
     """
     rows, columns = weight.shape
     groups = -(-rows // LANES)
-    padded = torch.zeros(groups * LANES, columns, dtype=torch.float32)
+    padded = torch.zeros(groups * LANES, columns, dtype=torch.float32, device="cpu")
     padded[:rows] = weight
     packed = padded.view(groups, LANES, columns).transpose(1, 2).contiguous()
     halves = packed.bfloat16()
@@ -154,6 +154,8 @@ def add_norms(numbers: Numbers) -> None:
                 row += gram[i, j] * reads[token, j]
             correction += row * reads[token, i]
             reads_something = reads_something or reads[token, i] != ZERO
+        # A sum of squares, but for rounding; written so that NaN stays.
+        correction = ZERO if correction < ZERO else correction
         if reads_something:
             base = numbers[BASE] + token * numbers[BASE_STRIDE] * element
             sums[0] += correction
