@@ -1,0 +1,78 @@
+"""`SessionRouter`: turns of a session go to the same replica while that is not too busy for it.
+
+There the session's text is most likely still in the prefix cache, and its turns queue in one
+process instead of at the store. Nothing depends on it: see `deltamem_vllm.ray.hint`.
+"""
+
+import os
+import random
+from typing import Any, Final
+
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.serve.request_router import PendingRequest, RunningReplica
+
+from deltamem_vllm.ray.hint import session_of_body
+
+SESSION_HEADER: Final = (
+    os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY", "x-session-id").lower().replace("_", "-")
+)
+"""Where Serve looks for a request's session."""
+
+DEFAULT_MAX_IMBALANCE: Final = 16
+
+
+class SessionRouter(ConsistentHashRouter):
+    """Consistent hashing over sessions, the least busy of two replicas for everything else.
+
+    The session is what the header says (`x-session-id`, or `RAY_SERVE_SESSION_ID_HEADER_KEY`),
+    else what the body's `memory.session` says where the router sees a body: requests through
+    handles, and direct streaming with `RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY=1`. Serve's
+    HTTP proxy shows a router headers only; `deltamem_vllm.ray.affinity` puts the session there.
+    """
+
+    _max_imbalance = DEFAULT_MAX_IMBALANCE
+
+    def initialize_state(self, **kwargs: Any) -> None:
+        """See `SessionRouting` for the arguments."""
+        self._max_imbalance = kwargs.pop("max_imbalance", DEFAULT_MAX_IMBALANCE)
+        super().initialize_state(**kwargs)
+
+    def session_of(self, pending_request: PendingRequest) -> str | None:
+        """The session that a request names, None if it names none."""
+        if pending_request.metadata.session_id:
+            return str(pending_request.metadata.session_id)
+        for value in (*pending_request.args, *pending_request.kwargs.values()):
+            session = session_of_body(value)
+            if session is not None:
+                return session
+        return None
+
+    async def choose_replicas(
+        self,
+        candidate_replicas: list[RunningReplica],
+        pending_request: PendingRequest | None = None,
+    ) -> list[list[RunningReplica]]:
+        """Ranks of replicas; of a rank, Serve takes the least busy one that is not full."""
+        if pending_request is None or not candidate_replicas:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True
+        everyone = list(candidate_replicas)
+        session = self.session_of(pending_request)
+        if session is None:
+            return [random.sample(everyone, min(2, len(everyone))), everyone]
+        ranked = [self._replicas.get(found) for found in self._lookup_ranked_replicas(session)]
+        ranked = [replica for replica in ranked if replica is not None]
+        if not ranked or self._is_hot(ranked[0], everyone):
+            return [everyone]
+        return [ranked[:1], everyone]
+
+    def _is_hot(self, replica: RunningReplica, everyone: list[RunningReplica]) -> bool:
+        known = {one.replica_id: self._known_load(one) for one in everyone}
+        loads = [load for load in known.values() if load is not None]
+        mine = known.get(replica.replica_id)
+        return mine is not None and mine - min(loads) > self._max_imbalance
+
+    def _known_load(self, replica: RunningReplica) -> int | None:
+        """Running requests as this router counted them; None where it does not know."""
+        load: int | None = self.replica_queue_len_cache.get(replica.replica_id)
+        return load
