@@ -60,7 +60,7 @@ class NodeMetrics:
         from prometheus_client import CollectorRegistry, start_http_server
 
         registry = CollectorRegistry()
-        registry.register(ReplicaCollector(self._root))
+        registry.register(ReplicaCollector(self._root))  # type: ignore[arg-type]  # see there
         while not self._ends.is_set():
             try:
                 server, thread = start_http_server(self._port, registry=registry)
