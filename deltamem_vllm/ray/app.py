@@ -1,6 +1,6 @@
 """The Serve app: replicas of `deltamem serve` behind one address, with one memory.
 
-    serve run deltamem_vllm.ray.app:build model=MODEL adapter=ADAPTER store=URL num_replicas=2
+serve run deltamem_vllm.ray.app:build model=MODEL adapter=ADAPTER store=URL num_replicas=2
 """
 
 from typing import Any, Final
@@ -39,9 +39,6 @@ def build(arguments: ServeArguments) -> serve.Application:
     replica = serve.ingress()(MemoryReplica)
     deployment = serve.deployment(replica, name=DEPLOYMENT)
     return deployment.options(**options(arguments)).bind(values)
-
-
-build.__annotations__["arguments"] = ServeArguments
 
 
 def options(arguments: ServeArguments) -> dict[str, Any]:

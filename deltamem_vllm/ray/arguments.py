@@ -4,8 +4,10 @@ The engine is configured by vLLM's own flags, Serve by its own options; what is 
 and refuses what would give replicas memories of their own. `docs/ray.md` has the table.
 """
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -51,6 +53,14 @@ def _split(given: object) -> object:
     return shlex.split(given) if isinstance(given, str) else given
 
 
+def _object(given: object) -> object:
+    """`serve run` passes strings only."""
+    return json.loads(given) if isinstance(given, str) else given
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_object)]
+
+
 class SessionRouting(BaseModel):
     """How requests find a replica; see `deltamem_vllm.ray.routing`."""
 
@@ -86,27 +96,27 @@ class ServeArguments(BaseModel):
     flags: Annotated[tuple[str, ...], BeforeValidator(_split)] = ()
     """Flags of `vllm serve`: a list, or one string as for a shell."""
 
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: Annotated[dict[str, str], BeforeValidator(_object)] = Field(default_factory=dict)
     """Variables of the replicas' processes, such as `DELTAMEM_LEASE_SECONDS`. Whoever reads Serve's
     configuration reads them: set secrets where the nodes are started."""
 
     num_replicas: int | Literal["auto"] = 1
     """Replicas, or `auto` for Serve's default autoscaling."""
 
-    autoscaling_config: dict[str, Any] | None = None
+    autoscaling_config: Options | None = None
     """Serve's `AutoscalingConfig`."""
 
     gpus: int = Field(default=0, ge=0)
     """GPUs of a replica: tensor times pipeline parallel size. With
     `--distributed-executor-backend ray` they may be on several machines."""
 
-    routing: SessionRouting = SessionRouting()
+    routing: Annotated[SessionRouting, BeforeValidator(_object)] = SessionRouting()
     """How requests find a replica."""
 
     metrics_port: int | None = Field(default=None, ge=1, le=65535)
     """Port at which each machine shows the metrics of its replicas, added up; none if not set."""
 
-    deployment: dict[str, Any] = Field(default_factory=dict)
+    deployment: Options = Field(default_factory=dict)
     """Any other option of `@serve.deployment`, such as `ray_actor_options` or
     `max_ongoing_requests`."""
 
@@ -178,8 +188,7 @@ class ServeArguments(BaseModel):
         flags = [flag.replace("_", "-") for flag in self.flags]
         joined = f"{EXECUTOR_FLAG}=ray" in flags
         return joined or any(
-            name == EXECUTOR_FLAG and value == "ray"
-            for name, value in zip(flags, flags[1:], strict=False)
+            name == EXECUTOR_FLAG and value == "ray" for name, value in pairwise(flags)
         )
 
     def check_store(self, replicas: float) -> None:

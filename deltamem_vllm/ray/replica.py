@@ -50,8 +50,8 @@ class MemoryReplica:
         launch = self._arguments.launch(os.environ)
         os.environ.update(launch.environment)
         if self._arguments.metrics_port is not None:
-            root = keep_in_files(context.app_name, context.replica_tag)
-            self._metrics = NodeMetrics(root, self._arguments.metrics_port)
+            keep_in_files(context.app_name, context.replica_tag)
+            self._metrics = NodeMetrics(context.app_name, self._arguments.metrics_port)
         # vLLM and prometheus_client read their environment when they are imported.
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -111,7 +111,7 @@ def parsed(arguments: tuple[str, ...]) -> Namespace:
     try:
         # A parser that refuses ends its process, which here is a replica.
         with redirect_stderr(said):
-            found = parser.parse_args(list(arguments))
+            found: Namespace = parser.parse_args(list(arguments))
     except SystemExit:
         raise EngineConfigError(f"vLLM refuses its flags: {said.getvalue().strip()}") from None
     found.model = found.model_tag

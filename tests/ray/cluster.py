@@ -1,4 +1,4 @@
-"""A Ray cluster of one machine with Serve on it, for tests of real proxies, routers and replicas."""
+"""A Ray cluster of one machine with Serve on it: real proxies, routers and replicas."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 SETTINGS = {
     # Else replicas are nice to everybody else, and start in the time that is left over.
     "RAY_worker_niceness": "0",
+    # Else it starts as many processes as it was told that there are CPUs, before any is needed.
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
     "OMP_NUM_THREADS": "1",

@@ -12,9 +12,17 @@ from ray.serve.config import RequestRouterConfig
 
 from deltamem_vllm.errors import SessionBusyError
 from deltamem_vllm.ray.app import ROUTER
-from deltamem_vllm.sessions import PUBLIC_TENANT, Lease, SessionContent, SessionKey, Turn, open_store
+from deltamem_vllm.sessions import (
+    PUBLIC_TENANT,
+    Lease,
+    SessionContent,
+    SessionKey,
+    Turn,
+    open_store,
+)
 
 LEASE_S: Final = 1.0
+FINGERPRINT: Final = "0123456789abcdef"
 
 app = FastAPI()
 
@@ -47,7 +55,7 @@ class LightReplica:
 
     def _count(self, memory: dict[str, str]) -> dict[str, Any]:
         assert self._store is not None
-        key = SessionKey(PUBLIC_TENANT, "light", memory["session"])
+        key = SessionKey(PUBLIC_TENANT, FINGERPRINT, memory["session"])
         lease = self._acquire(key)
         kept = self._store.find_reply(key, memory["turn"])
         if kept is not None:

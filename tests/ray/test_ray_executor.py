@@ -1,8 +1,6 @@
 """Tensor and pipeline parallel with vLLM's Ray executor: a worker is an actor."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +8,16 @@ import torch
 
 from tests.engine.test_parallel import assert_is_oracles, run_engine
 from tests.helpers import DATA
+from tests.ray.cluster import SETTINGS
 
 SHIM = Path(__file__).parent / "shim"
 
 
-def environment(**further: str) -> dict[str, str]:
-    paths = [str(SHIM), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+def environment() -> dict[str, str]:
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "RAY_worker_niceness": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **SETTINGS,
+        "PYTHONPATH": os.pathsep.join([str(SHIM), SETTINGS["PYTHONPATH"]]),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",
-        **further,
     }
 
 

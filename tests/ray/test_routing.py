@@ -13,10 +13,11 @@ from ray import serve
 
 from deltamem_vllm.sessions import PUBLIC_TENANT, SessionKey, open_store
 from tests.ray.cluster import serving
-from tests.ray.light import light_app
+from tests.ray.light import FINGERPRINT, light_app
 
 REPLICAS = 3
 MAX_IMBALANCE = 4
+TURNS = 100
 PATH = "/v1/chat/completions"
 
 
@@ -140,9 +141,11 @@ def test_no_counted_turn_is_lost_when_replicas_are_killed(url: str, store_url: s
 
     def drive(session: str) -> None:
         with httpx.Client(base_url=f"{url}/counting", timeout=60) as client:
-            for turn in range(40):
+            for turn in range(TURNS):
                 body = {"memory": {"session": session, "turn": f"t{turn}"}}
+                deadline = time.monotonic() + 60
                 while not (answer := client.post("/count", json=body)).is_success:
+                    assert time.monotonic() < deadline, answer.text
                     time.sleep(0.05)
                 acknowledged[session].append(answer.json()["count"])
                 pids.add(answer.json()["pid"])
@@ -151,13 +154,13 @@ def test_no_counted_turn_is_lost_when_replicas_are_killed(url: str, store_url: s
         drivers = [pool.submit(drive, session) for session in acknowledged]
         for _ in range(2):
             time.sleep(0.5)
-            while not pids:
+            pids.clear()
+            while not pids and not all(driver.done() for driver in drivers):
                 time.sleep(0.05)
             os.kill(pids.pop(), signal.SIGKILL)
-            pids.clear()
         for driver in drivers:
             driver.result()
     with open_store(store_url) as store:
         for session, counts in acknowledged.items():
-            assert counts == list(range(1, 41))
-            assert store.get(SessionKey(PUBLIC_TENANT, "light", session)).version == 40
+            assert counts == list(range(1, TURNS + 1))
+            assert store.get(SessionKey(PUBLIC_TENANT, FINGERPRINT, session)).version == TURNS
