@@ -61,18 +61,14 @@ class SessionRouter(ConsistentHashRouter):
         if session is None:
             return [random.sample(everyone, min(2, len(everyone))), everyone]
         ranked = [self._replicas.get(found) for found in self._lookup_ranked_replicas(session)]
-        ranked = [replica for replica in ranked if replica is not None]
-        if not ranked or self._is_hot(ranked[0], everyone):
+        home = next((replica for replica in ranked if replica is not None), None)
+        if home is None:
             return [everyone]
-        return [ranked[:1], everyone]
+        others = [replica for replica in everyone if replica.replica_id != home.replica_id]
+        if others and self._load(home) - min(map(self._load, others)) > self._max_imbalance:
+            return [others, everyone]
+        return [[home], everyone]
 
-    def _is_hot(self, replica: RunningReplica, everyone: list[RunningReplica]) -> bool:
-        known = {one.replica_id: self._known_load(one) for one in everyone}
-        loads = [load for load in known.values() if load is not None]
-        mine = known.get(replica.replica_id)
-        return mine is not None and mine - min(loads) > self._max_imbalance
-
-    def _known_load(self, replica: RunningReplica) -> int | None:
-        """Running requests as this router counted them; None where it does not know."""
-        load: int | None = self.replica_queue_len_cache.get(replica.replica_id)
-        return load
+    def _load(self, replica: RunningReplica) -> int:
+        """Running requests as this router last heard; none of one that it heard nothing of."""
+        return self.replica_queue_len_cache.get(replica.replica_id) or 0
