@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from deltamem_vllm.ray.app import build
 from deltamem_vllm.ray.arguments import ServeArguments
 from deltamem_vllm.ray.node_metrics import replicas_here
 from tests.api.server import free_port
-from tests.ray.cluster import serving
+from tests.ray.cluster import ROOT, serving
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -33,6 +34,7 @@ SAID = (
     "On which day is my match?",
 )
 TOLERANCE = 1e-4
+METRIC = re.compile(r"\b(?:deltamem|vllm):[a-z_]+")
 
 
 class Replicas(NamedTuple):
@@ -149,6 +151,21 @@ def test_streams_and_session_routes_pass_through(replicas: Replicas) -> None:
     assert replicas.client.delete(path).json()["deleted"]
     assert replicas.client.get(path).status_code == 404
     assert "deltamem:commits_total" in replicas.client.get("/metrics").text
+
+
+def test_dashboard_shows_metrics_that_there_are(replicas: Replicas) -> None:
+    """On the app's own `/metrics`, of whichever replica, and on the machine's."""
+    replicas.turn("metered", 0)
+    board = json.loads((ROOT / "serving" / "dashboards" / "deltamem.json").read_text())
+    targets = [target for panel in board["panels"] for target in panel.get("targets", ())]
+    shown = {name for target in targets for name in METRIC.findall(target["expr"])}
+    assert any(name.startswith("vllm:") for name in shown)
+    for text in (
+        replicas.client.get("/metrics").text,
+        httpx.get(replicas.metrics_url, timeout=30).text,
+    ):
+        families = text_string_to_metric_families(text)
+        assert not shown - {sample.name for family in families for sample in family.samples}
 
 
 def test_a_replica_whose_engine_dies_is_replaced(replicas: Replicas) -> None:
