@@ -69,6 +69,8 @@ RAY = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Else Ray kills its own processes when others take the machine's memory.
+    "RAY_memory_monitor_refresh_ms": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
     "OMP_NUM_THREADS": "1",

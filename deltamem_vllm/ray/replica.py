@@ -4,18 +4,14 @@ The app is the one that `deltamem serve` runs; Serve only takes the place of its
 """
 
 import asyncio
-import io
 import logging
 import os
 import signal
-from argparse import Namespace
-from contextlib import AsyncExitStack, redirect_stderr
-from types import SimpleNamespace
+from contextlib import AsyncExitStack
 from typing import Any, Final
 
 from ray import serve
 
-from deltamem_vllm.errors import EngineConfigError
 from deltamem_vllm.ray.arguments import ServeArguments
 from deltamem_vllm.ray.node_metrics import NodeMetrics, keep_in_files
 
@@ -53,17 +49,10 @@ class MemoryReplica:
             keep_in_files(context.app_name, context.replica_tag)
             self._metrics = NodeMetrics(context.app_name, self._arguments.metrics_port)
         # vLLM and prometheus_client read their environment when they are imported.
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
-        from vllm.entrypoints.launchers.app import build_app
+        from deltamem_vllm.engine.compat import api_server
 
-        arguments = parsed(launch.arguments)
-        self._engine = await self._running.enter_async_context(build_async_engine_client(arguments))
-        tasks = await self._engine.get_supported_tasks()
-        app = build_app(arguments, tasks, self._engine.model_config)
-        await init_app_state(self._engine, app.state, arguments, tasks)
-        # Where vLLM's handler of engine errors asks its own HTTP server to end; there is none here.
-        app.state.server = SimpleNamespace()
+        running = api_server(launch.arguments)
+        self._engine, app = await self._running.enter_async_context(running)
         self._watch = asyncio.create_task(self._end_with_the_engine())
         return app
 
@@ -95,25 +84,3 @@ class MemoryReplica:
         await self._running.aclose()
         if self._metrics is not None:
             self._metrics.close()
-
-
-def parsed(arguments: tuple[str, ...]) -> Namespace:
-    """The command line of `vllm serve` as vLLM reads it.
-
-    Raises:
-        EngineConfigError: vLLM does not take it; the message is vLLM's.
-    """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
-    said = io.StringIO()
-    try:
-        # A parser that refuses ends its process, which here is a replica.
-        with redirect_stderr(said):
-            found: Namespace = parser.parse_args(list(arguments))
-    except SystemExit:
-        raise EngineConfigError(f"vLLM refuses its flags: {said.getvalue().strip()}") from None
-    found.model = found.model_tag
-    validate_parsed_serve_args(found)
-    return found

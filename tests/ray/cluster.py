@@ -20,6 +20,8 @@ SETTINGS = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    # Else Ray kills its own processes when others take the machine's memory.
+    "RAY_memory_monitor_refresh_ms": "0",
     # Else it leaves a token in the user's home.
     "RAY_AUTH_MODE": "disabled",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
