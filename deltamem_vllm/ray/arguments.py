@@ -39,12 +39,11 @@ SERVERS_FLAGS: Final = (
     "--uds",
     "--api-server-count",
     "--headless",
-    "--data-parallel-size",
     "--ssl-keyfile",
     "--ssl-certfile",
     "--root-path",
 )
-"""Flags of vLLM's own HTTP server and its processes, whose place Serve takes."""
+"""Flags of vLLM's own HTTP server, whose place Serve takes."""
 
 EXECUTOR_FLAG: Final = "--distributed-executor-backend"
 

@@ -18,8 +18,6 @@ SESSION_HEADER: Final = (
 )
 """Where Serve looks for a request's session."""
 
-DEFAULT_MAX_IMBALANCE: Final = 16
-
 
 class SessionRouter(ConsistentHashRouter):
     """Consistent hashing over sessions, the least busy of two replicas for everything else.
@@ -30,11 +28,9 @@ class SessionRouter(ConsistentHashRouter):
     HTTP proxy shows a router headers only; `deltamem_vllm.ray.affinity` puts the session there.
     """
 
-    _max_imbalance = DEFAULT_MAX_IMBALANCE
-
-    def initialize_state(self, **kwargs: Any) -> None:
+    def initialize_state(self, *, max_imbalance: int, **kwargs: Any) -> None:
         """See `SessionRouting` for the arguments."""
-        self._max_imbalance = kwargs.pop("max_imbalance", DEFAULT_MAX_IMBALANCE)
+        self._max_imbalance = max_imbalance
         super().initialize_state(**kwargs)
 
     def session_of(self, pending_request: PendingRequest) -> str | None:

@@ -80,10 +80,12 @@ class LightReplica:
 
 
 def light_app(
-    replicas: int, *, store: str | None = None, max_ongoing: int = 100, **routing: int
+    replicas: int, *, store: str | None = None, max_ongoing: int = 100, max_imbalance: int = 16
 ) -> serve.Application:
     """That many of them behind our router."""
-    config = RequestRouterConfig(request_router_class=ROUTER, request_router_kwargs=routing)
+    config = RequestRouterConfig(
+        request_router_class=ROUTER, request_router_kwargs={"max_imbalance": max_imbalance}
+    )
     deployment = serve.deployment(LightReplica).options(
         num_replicas=replicas,
         max_ongoing_requests=max_ongoing,
