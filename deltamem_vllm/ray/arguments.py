@@ -80,7 +80,13 @@ class ServeArguments(BaseModel):
         SettingsError: an argument is not valid; the message names it.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        # Serve shows what pydantic says of our error, and a store's URL has a password.
+        hide_input_in_errors=True,
+    )
 
     model: str = Field(min_length=1)
     """Linked checkpoint, or base model: a folder or a Hub id that every replica can read."""

@@ -91,6 +91,10 @@ def test_messages_hide_passwords_and_variables() -> None:
     with pytest.raises(SettingsError) as caught:
         arguments(store="redos://me:secret@host/0", environment={"DELTAMEM_X": "secret"})
     assert "secret" not in str(caught.value)
+    given = {"model": "m", "store": "redis://me:secret@host/0", "environment": {"DELTAMEM_X": "1"}}
+    with pytest.raises(ValueError, match="DELTAMEM_X") as shown:
+        ServeArguments.model_validate(given)  # as Serve does
+    assert "secret" not in str(shown.value)
 
 
 @pytest.mark.parametrize("name", ["num_replicas", "request_router_config", "name"])
