@@ -5,7 +5,7 @@
 
 Two replicas of the app of `deltamem_vllm.ray.app` share one store. Conversations run through Serve
 as in `kill_sessions.py`: clients send a turn again, under its name or marked as a retry, until it
-is answered. Each round does one thing to the replicas under this load, at a random moment:
+is answered. When all replicas run, a round does one thing to the replicas under this load, at a random moment:
 `replica` and `engine` are SIGKILL to a replica's process, or to its EngineCore; `update` deploys
 the app anew with another setting, so that Serve replaces all replicas one by one. Then all drivers
 stop, and an oracle replays each session's answered turns token by token.
@@ -14,7 +14,7 @@ How to read it: `lost_turns` are answered turns that the store does not hold; `w
 kept versions with a wrong state, versions that no answered turn made, and answers that greedy
 sampling from the definition would not give. All must be 0. `error_rate` is the share of requests
 that failed and were sent again. `recovery_s_p50` runs from a kill until every session took a turn
-that began after it, and `replaced_s_p50` until all replicas run again.
+that began after it; Serve may still be starting the replica that takes the dead one's place.
 """
 
 import argparse
@@ -200,8 +200,8 @@ def _title(process: Path) -> bytes:
     return (process / "cmdline").read_bytes()
 
 
-def run_round(cluster: Cluster, talks: Conversations, target: str) -> dict[str, float]:
-    """Do one thing to the replicas under load; the seconds that it took to get over it."""
+def run_round(cluster: Cluster, talks: Conversations, target: str) -> float:
+    """Do one thing to the replicas under load; the seconds until all sessions got over it."""
     with talks.running():
         talks.wait_for_all(time.monotonic())
         time.sleep(random.uniform(0.0, 3.0))
@@ -210,9 +210,7 @@ def run_round(cluster: Cluster, talks: Conversations, target: str) -> dict[str, 
             cluster.deploy()
         elif target != NOBODY:
             cluster.kill(target)
-        recovery = talks.wait_for_all(began)
-        cluster.wait_for_replicas()
-        return {"recovery_s": recovery, "replaced_s": time.monotonic() - began}
+        return talks.wait_for_all(began)
 
 
 def targets(chosen: list[str], quick: bool) -> Iterator[str]:
@@ -235,11 +233,13 @@ def measure(
         talks = Conversations(cluster.port, client_retries=0)
         auditor = AnswerAuditor(cluster.url)
         for target in targets(chosen, seconds is not None) if rounds else [NOBODY]:
-            times = run_round(cluster, talks, target)
+            cluster.wait_for_replicas()
+            recovery = run_round(cluster, talks, target)
             verdict = auditor.audit(talks.acks)
             wrong = verdict.wrong + verdict.duplicated + auditor.wrong_answers(talks.acks)
-            samples.append({"target": target, **times, "lost": verdict.lost, "wrong": wrong})
-            progress.print(f"{len(samples)}: {samples[-1]}")
+            found = {"recovery_s": recovery, "lost": verdict.lost, "wrong": wrong}
+            samples.append({"target": target, **found})
+            progress.print(f"{len(samples)}: {samples[-1]}", summary_of(samples, talks))
             passed = time.monotonic() - began
             is_late = seconds is not None and passed + passed / len(samples) > seconds
             if len(samples) >= rounds or is_late:
@@ -247,8 +247,13 @@ def measure(
     finally:
         cluster.stop()
         shutil.rmtree(folder, ignore_errors=True)
+    return samples, summary_of(samples, talks)
+
+
+def summary_of(samples: list[dict[str, Any]], talks: Conversations) -> dict[str, float]:
+    """All rounds so far."""
     killed = [sample for sample in samples if sample["target"] != "update"]
-    return samples, {
+    return {
         "kills": sum(sample["target"] in ("replica", "engine") for sample in samples),
         "updates": sum(sample["target"] == "update" for sample in samples),
         "acknowledged_turns": sum(map(len, talks.acks.values())),
@@ -257,7 +262,6 @@ def measure(
         "wrong_answers": sum(sample["wrong"] for sample in samples),
         "error_rate": talks.failures / max(1, talks.requests),
         "recovery_s_p50": statistics.median(sample["recovery_s"] for sample in killed or samples),
-        "replaced_s_p50": statistics.median(sample["replaced_s"] for sample in killed or samples),
     }
 
 
