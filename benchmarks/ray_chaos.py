@@ -5,10 +5,10 @@
 
 Two replicas of the app of `deltamem_vllm.ray.app` share one store. Conversations run through Serve
 as in `kill_sessions.py`: clients send a turn again, under its name or marked as a retry, until it
-is answered. When all replicas run, a round does one thing to the replicas under this load, at a random moment:
-`replica` and `engine` are SIGKILL to a replica's process, or to its EngineCore; `update` deploys
-the app anew with another setting, so that Serve replaces all replicas one by one. Then all drivers
-stop, and an oracle replays each session's answered turns token by token.
+is answered. When all replicas run, a round does one thing to them under this load, at a random
+moment: `replica` and `engine` are SIGKILL to a replica's process, or to its EngineCore; `update`
+deploys the app anew with another setting, so that Serve replaces all replicas one by one. Then all
+drivers stop, and an oracle replays each session's answered turns token by token.
 
 How to read it: `lost_turns` are answered turns that the store does not hold; `wrong_answers` are
 kept versions with a wrong state, versions that no answered turn made, and answers that greedy
