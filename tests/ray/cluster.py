@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import ray
 from ray import serve
 
-from tests.api.server import free_port
+from benchmarks.serving import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,7 +11,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 
 from deltamem_vllm.errors import SessionBusyError
-from deltamem_vllm.ray.app import ROUTER
+from deltamem_vllm.ray.routing import SessionRouter
 from deltamem_vllm.sessions import (
     PUBLIC_TENANT,
     Lease,
@@ -84,7 +84,7 @@ def light_app(
 ) -> serve.Application:
     """That many of them behind our router."""
     config = RequestRouterConfig(
-        request_router_class=ROUTER, request_router_kwargs={"max_imbalance": max_imbalance}
+        request_router_class=SessionRouter, request_router_kwargs={"max_imbalance": max_imbalance}
     )
     deployment = serve.deployment(LightReplica).options(
         num_replicas=replicas,

@@ -14,11 +14,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from ray import serve
 
+from benchmarks.serving import free_port
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 from deltamem_vllm.ray.app import build
 from deltamem_vllm.ray.arguments import ServeArguments
 from deltamem_vllm.ray.node_metrics import replicas_here
-from tests.api.server import free_port
 from tests.ray.cluster import ROOT, serving
 
 pytestmark = pytest.mark.timeout(600)
