@@ -108,25 +108,6 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.2)
 
 
-def test_a_conversation_survives_its_replica(replicas: Replicas) -> None:
-    """Its answers have the logprobs of one that nobody disturbed."""
-    calm = [replicas.turn("calm", number) for number in range(len(SAID))]
-    before = replicas.commits()
-    moved = [replicas.turn("moved", 0)]
-    (home,) = {pid for pid, count in replicas.commits().items() if count > before.get(pid, 0)}
-
-    os.kill(home, signal.SIGKILL)
-    moved += [replicas.turn("moved", number) for number in range(1, len(SAID))]
-
-    assert home not in replicas.commits()
-    for there, here in zip(calm, moved, strict=True):
-        assert here["memory"] == {**there["memory"], "session": "moved"}
-        assert here["choices"][0]["message"] == there["choices"][0]["message"]
-        for expected, found in zip(logprobs_of(there), logprobs_of(here), strict=True):
-            assert found == pytest.approx(expected, abs=TOLERANCE)
-    assert "Tuesday" in moved[-1]["choices"][0]["message"]["content"]
-
-
 def test_a_repeated_turn_gets_the_answer_that_it_had(replicas: Replicas) -> None:
     first = replicas.turn("again", 0)
     # The header leads the repeats to either replica.
@@ -188,7 +169,6 @@ def test_dashboard_shows_metrics_that_there_are(replicas: Replicas) -> None:
 
 
 def test_a_replica_whose_engine_dies_is_replaced(replicas: Replicas) -> None:
-    wait_until(lambda: len(replicas.commits()) == 2, 300)
     replicas.turn("orphan", 0)
     victim, other = replicas.commits()
     os.kill(engine_of(victim), signal.SIGKILL)
@@ -196,6 +176,26 @@ def test_a_replica_whose_engine_dies_is_replaced(replicas: Replicas) -> None:
     assert answer["memory"]["version"] == 2
     wait_until(lambda: victim not in replicas.commits())
     assert other in replicas.commits()
+
+
+def test_a_conversation_survives_its_replica(replicas: Replicas) -> None:
+    """Its answers have the logprobs of one that nobody disturbed."""
+    wait_until(lambda: len(replicas.commits()) == 2, 300)
+    calm = [replicas.turn("calm", number) for number in range(len(SAID))]
+    before = replicas.commits()
+    moved = [replicas.turn("moved", 0)]
+    (home,) = {pid for pid, count in replicas.commits().items() if count > before.get(pid, 0)}
+
+    os.kill(home, signal.SIGKILL)
+    moved += [replicas.turn("moved", number) for number in range(1, len(SAID))]
+
+    assert home not in replicas.commits()
+    for there, here in zip(calm, moved, strict=True):
+        assert here["memory"] == {**there["memory"], "session": "moved"}
+        assert here["choices"][0]["message"] == there["choices"][0]["message"]
+        for expected, found in zip(logprobs_of(there), logprobs_of(here), strict=True):
+            assert found == pytest.approx(expected, abs=TOLERANCE)
+    assert "Tuesday" in moved[-1]["choices"][0]["message"]["content"]
 
 
 def engine_of(replica: int) -> int:
