@@ -46,7 +46,7 @@ class Replicas(NamedTuple):
 
     def commits(self) -> dict[int, float]:
         """Turns that each replica committed, by its process."""
-        text = httpx.get(self.metrics_url, timeout=30).text
+        text = self._scrape()
         pids = replicas_here("memory")
         found = {}
         for family in text_string_to_metric_families(text):
@@ -54,6 +54,16 @@ class Replicas(NamedTuple):
                 if sample.name == "deltamem:commits_total" and sample.labels["replica"] in pids:
                     found[pids[sample.labels["replica"]]] = sample.value
         return found
+
+    def _scrape(self) -> str:
+        """The replica that has the port may just have died; another one takes it."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                return httpx.get(self.metrics_url, timeout=30).text
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
 
     def turn(self, session: str, number: int, **fields: Any) -> dict[str, Any]:
         """Send a turn of a session until it is answered, as a patient client does."""
