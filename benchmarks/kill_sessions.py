@@ -174,11 +174,17 @@ class Conversations:
     """Drivers of all sessions, and what they were answered."""
 
     port: int
+    client_retries: int = openai.DEFAULT_MAX_RETRIES
+    """How often the client sends a request again by itself."""
     acks: dict[str, list[Ack]] = field(default_factory=lambda: defaultdict(list))
     last: dict[str, float] = field(default_factory=dict)
     """Session -> when its last turn began that was answered."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     turns: int = 0
+    requests: int = 0
+    """Sent, the repeated ones among them."""
+    failures: int = 0
+    """Of them, those that were not answered."""
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -214,7 +220,10 @@ class Conversations:
 
     def _drive(self, session: str, keyed: bool, stop: threading.Event) -> None:
         with openai.OpenAI(
-            base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=60
+            base_url=f"http://127.0.0.1:{self.port}/v1",
+            api_key="none",
+            timeout=60,
+            max_retries=self.client_retries,
         ) as client:
             while not stop.is_set():
                 with self.lock:
@@ -238,6 +247,8 @@ class Conversations:
         headers: dict[str, str] = {}
         while True:
             began = time.monotonic()
+            with self.lock:
+                self.requests += 1
             try:
                 answer = client.completions.create(**request, extra_headers=headers)
                 ack = read_answer(turn, request["stream"], answer)
@@ -245,6 +256,8 @@ class Conversations:
             except openai.BadRequestError:
                 raise
             except (openai.APIError, httpx.HTTPError, IncompleteError):
+                with self.lock:
+                    self.failures += 1
                 # What the client sends when it tries again by itself, once more.
                 headers = {"x-stainless-retry-count": "1"}
                 time.sleep(0.2)

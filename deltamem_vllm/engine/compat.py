@@ -8,8 +8,12 @@ unnecessary; `tests/engine/test_compat.py` checks that each still exists with th
 import asyncio
 import functools
 import gc
+import io
 import os
 import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, redirect_stderr
+from types import SimpleNamespace
 from typing import Any, Final
 
 import vllm
@@ -224,6 +228,42 @@ async def lora_behind(models: Any, name: str | None) -> Any:
     raise ModelNotFoundError(problem)
 
 
+@asynccontextmanager
+async def api_server(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]:
+    """What `vllm serve` would run, without its HTTP server: the engine's client and the ASGI app.
+
+    Args:
+        arguments: what comes after `vllm serve`.
+
+    Raises:
+        EngineConfigError: vLLM does not take them; the message is vLLM's.
+    """
+    # Heavy, and no business of the engine's own processes.
+    from vllm.entrypoints.cli.serve import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+    from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
+    from vllm.entrypoints.launchers.app import build_app
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm serve"))
+    said = io.StringIO()
+    try:
+        # A parser that refuses ends its process.
+        with redirect_stderr(said):
+            parsed = parser.parse_args(list(arguments))
+    except SystemExit:
+        raise EngineConfigError(f"vLLM refuses its flags: {said.getvalue().strip()}") from None
+    parsed.model = parsed.model_tag
+    validate_parsed_serve_args(parsed)
+    async with build_async_engine_client(parsed) as engine:
+        tasks = await engine.get_supported_tasks()
+        app = build_app(parsed, tasks, engine.model_config)
+        await init_app_state(engine, app.state, parsed, tasks)
+        # Where vLLM's handler of engine errors asks its HTTP server to end; there is none.
+        app.state.server = SimpleNamespace()
+        yield engine, app
+
+
 def kv_connector_of(vllm_config: VllmConfig) -> str | None:
     """Name of the configured KV connector, None without one."""
     config = vllm_config.kv_transfer_config
@@ -262,6 +302,7 @@ __all__ = [
     "VllmConfig",
     "add_config_hook",
     "add_splitting_op",
+    "api_server",
     "call_all_workers",
     "check_version",
     "direct_register_custom_op",

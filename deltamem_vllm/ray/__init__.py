@@ -1,1 +1,1 @@
-"""What runs on Ray: batches on Ray Data (`batch`)."""
+"""Ray: replicas behind Ray Serve with one session store, and batches of Ray Data."""

@@ -35,7 +35,14 @@ def spans_of(case: Path, tokens: list[int]) -> list[tuple[int, int]] | None:
     return [(start, end) for start, end in pairwise(edges) if start < end]
 
 
-def run_engine(tmp_path: Path, case: Path, environment: dict, **llm) -> dict[str, Tensor]:
+def run_engine(
+    tmp_path: Path,
+    case: Path,
+    environment: dict,
+    *,
+    program: str = "tests.engine.engine_run",
+    **llm,
+) -> dict[str, Tensor]:
     spec = {
         "llm": {
             "model": str(case / "model"),
@@ -55,7 +62,7 @@ def run_engine(tmp_path: Path, case: Path, environment: dict, **llm) -> dict[str
     spec_path, out_path = tmp_path / "spec.json", tmp_path / "out.safetensors"
     spec_path.write_text(json.dumps(spec))
     result = subprocess.run(
-        [sys.executable, "-m", "tests.engine.engine_run", str(spec_path), str(out_path)],
+        [sys.executable, "-m", program, str(spec_path), str(out_path)],
         cwd=Path(__file__).parents[2],
         env={**os.environ, **environment},
         capture_output=True,

@@ -54,6 +54,7 @@ def kill_an_engine(folder: Path, least: int, killed: list[int]) -> None:
     killed.append(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_engines_do_what_one_does(
     cluster: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
