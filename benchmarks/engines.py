@@ -38,6 +38,9 @@ class EngineSpec:
     max_batched_tokens: int
     max_requests: int
     vocab_size: int
+    async_scheduling: bool | None = None
+    """None: as vLLM chooses. Beside it a step returns before its forward has run."""
+
     gpu_share: float = 0.9
     """Of a GPU's memory, where there is one."""
 
@@ -93,6 +96,8 @@ def start(spec: EngineSpec) -> Any:
         "skip_tokenizer_init": True,
         "gpu_memory_utilization": spec.gpu_share,
     }
+    if spec.async_scheduling is not None:
+        arguments["async_scheduling"] = spec.async_scheduling
     from benchmarks.backbones import base_config
 
     if spec.max_model_len > base_config(spec.model)["max_position_embeddings"]:
@@ -114,15 +119,24 @@ def timed(call: Callable[[], object]) -> Cost:
     return Cost(time.perf_counter() - begin, time.process_time() - cpu_begin)
 
 
+class Steps(list[Cost]):
+    """The costs of an engine's steps, and when each of them ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ends: list[float] = []
+
+
 @contextmanager
-def timed_steps(llm: Any) -> Iterator[list[Cost]]:
+def timed_steps(llm: Any) -> Iterator[Steps]:
     """Collect the cost of every engine step, scheduling and sampling included."""
-    costs: list[Cost] = []
+    costs = Steps()
     step = llm.llm_engine.step
 
     def timed_step() -> Any:
         outputs: list[Any] = []
         costs.append(timed(lambda: outputs.extend(step())))
+        costs.ends.append(time.perf_counter())
         return outputs
 
     llm.llm_engine.step = timed_step

@@ -1,5 +1,6 @@
 """Plots of benchmarks, by matplotlib: a row of panels, written as PNG or SVG."""
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,24 @@ from typing import Any
 from benchmarks.common import progress
 
 
+def check_plot(file: Path | None) -> None:
+    """Look, before anything is measured, whether a plot could be written; None: none is wanted.
+
+    Raises:
+        SystemExit: it could not.
+    """
+    if file is None:
+        return
+    if file.suffix not in (".png", ".svg"):
+        sys.exit(f"--plot {file}: a name that ends in .png or .svg is needed")
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("--plot needs matplotlib: pip install 'deltamem-vllm[bench]'")
+
+
 def figure(panels: int, title: str) -> tuple[Any, list[Any]]:
     """A figure and its panels, side by side."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install 'deltamem-vllm[bench]'")
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

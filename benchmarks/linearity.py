@@ -24,6 +24,7 @@ import math
 import random
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +56,7 @@ from benchmarks.engines import (
     running_engines,
     timed_steps,
 )
+from benchmarks.figures import check_plot
 
 FULL_PREFILL = (512, 1024, 2048, 4096, 8192)
 FULL_HISTORY = (1024, 4096, 7936)
@@ -83,7 +85,7 @@ class Times(NamedTuple):
     """Seconds of one measurement."""
 
     first: float
-    """To the first token."""
+    """From the call to the first token; a session is loaded before its first step."""
 
     step: float
     """Of a decode step, the median; NaN for a prefill."""
@@ -106,13 +108,15 @@ def measure(llm: Any, spec: EngineSpec, job: Job) -> Times:
         prompt, output = question, ANSWER
         arguments["memory"] = _told(llm, job, history)
     sampling = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
     with timed_steps(llm) as steps:
         llm.generate([TokensPrompt(prompt_token_ids=prompt)], sampling, use_tqdm=False, **arguments)
     seconds = [cost.seconds for cost in steps]
     prefills = math.ceil(len(prompt) / spec.max_batched_tokens)
     decodes = seconds[prefills : prefills + output - 1]
     assert len(decodes) == output - 1, f"{len(steps)} steps for {output} tokens"
-    return Times(sum(seconds[:prefills]), median(decodes) if decodes else math.nan)
+    first = steps.ends[prefills - 1] - begin
+    return Times(first, median(decodes) if decodes else math.nan)
 
 
 def _told(llm: Any, job: Job, history: list[int]) -> Any:
@@ -267,7 +271,10 @@ def arguments() -> argparse.Namespace:
     given.history = given.history or ((1024, 4096) if given.quick else FULL_HISTORY)
     given.rounds = given.rounds or (1 if given.quick else 5)
     given.threads = given.threads or available_cores()
-    if len(given.prefill) < 2:
+    if given.rounds < 1 or given.threads < 1:
+        options.error("--rounds and --threads must be at least 1")
+    check_plot(given.plot)
+    if len(set(given.prefill)) < 2:
         options.error("--prefill needs two lengths at least, for a slope")
     return given
 
@@ -297,6 +304,7 @@ def main() -> None:
             max_model_len=longest,
             max_batched_tokens=8192,
             max_requests=8,
+            async_scheduling=False,
             vocab_size=int(config["vocab_size"]),
         )
         specs = {STOCK: stock, OURS: replace(stock, adapter=str(scratch / OURS))}

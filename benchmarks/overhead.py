@@ -35,7 +35,7 @@ those of four states are `msw4_decode_ratio_bs8`, `compiled_msw4_decode_ratio_bs
 import argparse
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ from benchmarks.engines import (
     prepare_environment,
     running_engines,
 )
-from benchmarks.overhead_jobs import Job, context_needed, measure
+from benchmarks.figures import check_plot
+from benchmarks.overhead_jobs import CONTEXT, Job, context_needed, measure
 from benchmarks.overhead_results import merge, plot, show, summarise
 from benchmarks.reference import (
     ReferenceRun,
@@ -74,7 +75,7 @@ from benchmarks.reference import (
 )
 
 MODES = ("eager", "compiled")
-QUICK_PREFILL, FULL_PREFILL = (512, 8192), (512, 2048, 8192, 32768)
+QUICK_PREFILL, FULL_PREFILL = (512, 2048, 8192), (512, 2048, 8192, 32768)
 ENGINES = (OURS, MSW4)
 """Beside stock vLLM."""
 
@@ -83,7 +84,7 @@ OUTPUTS = ("json", "plot", "cache", "reference")
 
 KV_CACHE_GIB = 2
 ENGINE_GIB = 3.0 + KV_CACHE_GIB
-"""Memory that an engine may need beside twice its checkpoint, when engines are left out."""
+"""Memory that an engine of a small model takes, when engines are left out."""
 
 MIN_BATCHED, MAX_BATCHED = 4096, 8192
 """Fewest and most tokens of an engine's step; prompts beyond the most go in chunks."""
@@ -144,7 +145,9 @@ def specs_of(
         dtype=given.dtype,
         eager=True,
         max_model_len=context_needed(list(jobs)),
-        max_batched_tokens=min(MAX_BATCHED, max(MIN_BATCHED, *prompts, 1)),
+        max_batched_tokens=max(
+            MIN_BATCHED, CONTEXT * max(given.batch), min(MAX_BATCHED, max(prompts, default=0))
+        ),
         max_requests=max(128, *given.batch),
         vocab_size=int(backbones.base_config(model)["vocab_size"]),
     )
@@ -210,7 +213,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options.add_argument(
         "--prefill",
         type=int_list,
-        help="default 512,2048,8192,32768; with --quick 512,8192",
+        help="default 512,2048,8192,32768; with --quick without the last",
     )
     options.add_argument(
         "--load", type=int_list, help="requests of a load; default 64, with --quick 8"
@@ -232,16 +235,15 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = options.parse_args(argv)
     if given.adapter and given.model in (None, backbones.SMOLLM2, backbones.RANDOM):
         options.error("--adapter needs the --model it was made for, a folder or a hub id")
-    for name in ("rounds", "starts"):
+    for name in ("rounds", "starts", "threads"):
         value = getattr(given, name)
         if value is not None and value < 1:
             options.error(f"--{name} must be at least 1")
+    check_plot(given.plot)
     given.rounds = given.rounds or (2 if given.quick else 5)
     given.starts = given.starts or (1 if given.quick else 3)
     given.mode = given.mode or (("eager",) if given.quick else MODES)
-    given.prefill = given.prefill or (
-        (512, 2048, 8192) if given.quick else (512, 2048, 8192, 32768)
-    )
+    given.prefill = given.prefill or (QUICK_PREFILL if given.quick else FULL_PREFILL)
     given.load = given.load or ((8,) if given.quick else (64,))
     given.threads = given.threads or available_cores()
     return given
@@ -249,8 +251,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def measure_mode(
     mode: str, specs: Mapping[str, EngineSpec], jobs: Sequence[Job], given: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """Samples of all engines, started for one mode, several times."""
+) -> Iterator[list[dict[str, Any]]]:
+    """Samples of all engines, started for one mode, several times; yields what there is so far."""
     started = {name: replace(spec, eager=mode == "eager") for name, spec in specs.items()}
     long_rounds = QUICK_LONG_ROUNDS if given.quick else FULL_LONG_ROUNDS
     samples = []
@@ -259,7 +261,15 @@ def measure_mode(
         with running_engines(started, measure) as engines:
             measured = measure_in_turns(engines, jobs, given.rounds, long_rounds)
         samples += [{"start": start, **sample} for sample in measured]
-    return samples
+        yield samples
+
+
+def figures_of(
+    measured: Mapping[str, list[dict[str, Any]]], jobs: Sequence[Job]
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """All samples with their modes, and the summary."""
+    samples = [{"mode": mode, **sample} for mode in measured for sample in measured[mode]]
+    return samples, merge({mode: summarise(found, jobs) for mode, found in measured.items()})
 
 
 def measure_published(
@@ -304,24 +314,28 @@ def main() -> None:
             max_model_len=specs[STOCK].max_model_len,
             max_batched_tokens=specs[STOCK].max_batched_tokens,
         )
-        measured = {mode: measure_mode(mode, specs, jobs, given) for mode in given.mode}
+        measured: dict[str, list[dict[str, Any]]] = {}
+        for mode in given.mode:
+            for samples in measure_mode(mode, specs, jobs, given):
+                measured[mode] = samples
+                if given.json:
+                    write_json(given.json, described, *figures_of(measured, jobs))
 
-    by_mode = {mode: summarise(samples, jobs) for mode, samples in measured.items()}
     run = f"{given.threads} thread(s), {given.starts} x {given.rounds} round(s)"
     run += ", quick" if given.quick else ""
     title = f"{backbone.description}, {given.dtype}, {run}"
+    by_mode = {mode: summarise(samples, jobs) for mode, samples in measured.items()}
     for mode, figures in by_mode.items():
         show(figures, jobs, list(specs), f"{title}, {mode}")
-    samples = [{"mode": mode, **sample} for mode in measured for sample in measured[mode]]
-    summary = merge(by_mode)
+    if given.plot:
+        plot(by_mode, jobs, list(specs), title, given.plot)
+    samples, summary = figures_of(measured, jobs)
     if given.reference:
         published, figures = measure_published(given, layers)
         samples += published
         summary |= figures
-    if given.json:
-        write_json(given.json, described, samples, summary)
-    if given.plot:
-        plot(by_mode, jobs, list(specs), title, given.plot)
+        if given.json:
+            write_json(given.json, described, samples, summary)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import multiprocessing
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,9 +61,12 @@ def check_checkout(folder: Path) -> None:
 def measure_reference(run: ReferenceRun) -> list[dict[str, Any]]:
     """Samples of both models, taken in a process of its own."""
     progress.print("timing the reference implementation")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        samples: list[dict[str, Any]] = pool.apply(_measure, (run,))
-    return samples
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure, run).result()
+        except BrokenProcessPool:
+            sys.exit("the process of the reference implementation ended; was its memory enough?")
 
 
 def _measure(run: ReferenceRun) -> list[dict[str, Any]]:
