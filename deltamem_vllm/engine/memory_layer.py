@@ -191,7 +191,8 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             torch.ops.deltamem.read_and_correct(hidden_states, qkv, reads, self.layer_name)
         else:
             # As vLLM's attention does there: the way through the dispatcher is longer than the op.
-            self.read_and_correct(hidden_states, qkv, reads)
+            metadata = get_forward_context().attn_metadata
+            self.read_and_correct(hidden_states, qkv, reads, metadata)
         return reads
 
     def correct_output(self, output: Tensor, reads: Tensor) -> Tensor:
@@ -210,9 +211,10 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
             self.correct_o(output, reads)
         return output
 
-    def read_and_correct(self, hidden_states: Tensor, qkv: Tensor, reads: Tensor) -> None:
-        """What `read` does on CPUs, in one call of compiled code."""
-        metadata: Any = get_forward_context().attn_metadata
+    def read_and_correct(
+        self, hidden_states: Tensor, qkv: Tensor, reads: Tensor, metadata: Any
+    ) -> None:
+        """What `read` does on CPUs, in one call of compiled code; `metadata` is that of the step."""
         if metadata is None:
             # A profiling run before the KV cache exists: shapes matter, values do not.
             reads.zero_()
@@ -410,8 +412,9 @@ def _memory_step(projections: Tensor, reads: Tensor, layer_name: str) -> None:
 
 
 def _read_and_correct(hidden_states: Tensor, qkv: Tensor, reads: Tensor, layer_name: str) -> None:
-    layer: MemoryLayer = get_forward_context().no_compile_layers[layer_name]
-    layer.read_and_correct(hidden_states, qkv, reads)
+    context = get_forward_context()
+    layer: MemoryLayer = context.no_compile_layers[layer_name]
+    layer.read_and_correct(hidden_states, qkv, reads, context.attn_metadata)
 
 
 def _correct_output(output: Tensor, reads: Tensor, layer_name: str) -> None:
