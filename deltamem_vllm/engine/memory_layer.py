@@ -214,7 +214,7 @@ class MemoryLayer(nn.Module, AttentionLayerBase):
     def read_and_correct(
         self, hidden_states: Tensor, qkv: Tensor, reads: Tensor, metadata: Any
     ) -> None:
-        """What `read` does on CPUs, in one call of compiled code; `metadata` is that of the step."""
+        """What `read` does on CPUs, in one call of compiled code. `metadata` is the step's."""
         if metadata is None:
             # A profiling run before the KV cache exists: shapes matter, values do not.
             reads.zero_()
