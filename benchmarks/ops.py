@@ -3,10 +3,12 @@
     taskset -c 0 python -m benchmarks.ops
     taskset -c 0 python -m benchmarks.ops --quick --heads 1
 
-One call of `memory_step` (its checks included; projections and corrections are matrix products of
-the model and not part of it) against the sequential definition in torch, in turns, on CPU. Decode:
-so many requests with one token each. Prefill: one request without context. Every token is read and
-written; a request's state is stored at each block boundary and at the end.
+One call of `memory_step` (its checks included, projections and corrections not) against the
+sequential definition in torch, in turns, on CPU; and all of a layer as the engine calls it: hidden
+states projected, the step, q and the output corrected. Decode: so many requests with one token
+each. Prefill: one request without context. Every token is read and written; a request's state is
+stored at each block boundary and at the end. Weights and code are in the caches here; an engine
+reads megabytes in between.
 
 How to read it: microseconds per layer and step, the median of all samples; a model's step pays them
 once per layer. The definition's cost is linear in tokens, so prefills of more than
@@ -37,7 +39,16 @@ from benchmarks.common import (
     progress,
     write_json,
 )
-from deltamem_vllm.ops import Batch, DeltaRule, memory_step, reference, warm_up
+from deltamem_vllm.ops import (
+    Batch,
+    DeltaRule,
+    bind_batch,
+    bind_correction,
+    bind_step,
+    memory_step,
+    reference,
+    warm_up,
+)
 from deltamem_vllm.state.page import PageLayout
 
 BLOCK_SIZE = 16
@@ -68,6 +79,13 @@ class Job(NamedTuple):
     @property
     def name(self) -> str:
         return self.key("time")
+
+
+class Model(NamedTuple):
+    """What a layer's memory is part of."""
+
+    hidden: int
+    dtype: str
 
 
 class Inputs(NamedTuple):
@@ -116,6 +134,32 @@ def calls(rule: DeltaRule, job: Job) -> tuple[Callable[[], object], Callable[[],
     )
 
 
+def layer_call(rule: DeltaRule, job: Job, model: Model) -> Callable[[], object]:
+    """All of a layer's memory, as the engine calls it."""
+    decode = job.kind == "decode"
+    inputs = (
+        make_inputs(rule, job.size, CONTEXT, 1) if decode else make_inputs(rule, 1, 0, job.size)
+    )
+    tokens, dtype = len(inputs.reads), getattr(torch, model.dtype)
+    # Exact in bf16, as training in bf16 leaves them.
+    projection = torch.randn(rule.projection_dim, model.hidden).bfloat16().float()
+    delta = torch.randn(model.hidden, rule.read_dim).bfloat16().float()
+    hidden, query, output = (torch.randn(tokens, model.hidden).to(dtype) for _ in range(3))
+    correct_query, correct_output = (bind_correction(delta, dtype) for _ in range(2))
+    assert correct_output is not None
+    step: Any = bind_step(
+        rule,
+        inputs.gate_bias,
+        inputs.pages,
+        block_size=BLOCK_SIZE,
+        pages_are_initialised=False,
+        projection=projection,
+        correction=correct_query,
+    )
+    bound = bind_batch(inputs.batch)
+    return lambda: correct_output(output, step.read(hidden, bound, query))
+
+
 def seconds(call: Callable[[], object], repeats: int) -> float:
     """Mean duration of `repeats` calls."""
     begin = time.perf_counter()
@@ -130,12 +174,13 @@ def repeats_of(call: Callable[[], object]) -> int:
     return max(1, round(SAMPLE_S / seconds(call, 3)))
 
 
-def measure(job: Job, rank: int, rounds: int) -> list[dict[str, Any]]:
-    """Time both forms in turns, `rounds` times."""
+def measure(job: Job, rank: int, model: Model, rounds: int) -> list[dict[str, Any]]:
+    """Time all forms in turns, `rounds` times."""
     rule = DeltaRule(rank, job.heads)
     scale = job.size / job.definition_tokens
     kernel, definition = calls(rule, job)
-    forms = (("kernel", kernel, 1.0), ("definition", definition, scale))
+    layer = layer_call(rule, job, model)
+    forms = (("kernel", kernel, 1.0), ("layer", layer, 1.0), ("definition", definition, scale))
     plans = [(name, call, repeats_of(call), factor) for name, call, factor in forms]
     return [
         {
@@ -152,15 +197,16 @@ def measure(job: Job, rank: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def summarise(samples: list[dict[str, Any]], jobs: list[Job]) -> dict[str, float]:
-    """Flat figures: per job both medians in microseconds, and how much faster the kernel is."""
+    """Flat figures: per job all medians in microseconds, and how much faster the kernel is."""
     summary = {}
     for job in jobs:
-        kernel, definition = (
+        kernel, layer, definition = (
             [s["seconds"] for s in samples if (s["job"], s["form"]) == (job.name, form)]
-            for form in ("kernel", "definition")
+            for form in ("kernel", "layer", "definition")
         )
         speedup = compare(definition, kernel)
         summary[job.key("kernel_us")] = 1e6 * statistics.median(kernel)
+        summary[job.key("layer_us")] = 1e6 * statistics.median(layer)
         summary[job.key("definition_us")] = 1e6 * statistics.median(definition)
         summary[job.key("speedup")] = speedup.ratio
         summary[job.key("speedup_low")] = speedup.low
@@ -171,7 +217,15 @@ def summarise(samples: list[dict[str, Any]], jobs: list[Job]) -> dict[str, float
 def show(summary: dict[str, float], jobs: list[Job], title: str) -> None:
     table = Table(title=title, caption=f"* measured at {DEFINITION_TOKENS} tokens and scaled")
     table.add_column("one layer", no_wrap=True)
-    for column in ("states", "kernel us", "us/token", "definition us", "speedup", "spread"):
+    for column in (
+        "states",
+        "kernel us",
+        "us/token",
+        "layer us",
+        "definition us",
+        "speedup",
+        "spread",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for job in jobs:
         kernel, star = summary[job.key("kernel_us")], job.definition_tokens < job.size
@@ -180,6 +234,7 @@ def show(summary: dict[str, float], jobs: list[Job], title: str) -> None:
             str(job.heads),
             f"{kernel:.1f}",
             f"{kernel / job.size:.2f}",
+            f"{summary[job.key('layer_us')]:.1f}",
             f"{summary[job.key('definition_us')]:,.0f}{'*' if star else ''}",
             f"{summary[job.key('speedup')]:,.0f}x",
             f"{summary[job.key('speedup_low')]:,.0f} - {summary[job.key('speedup_high')]:,.0f}",
@@ -193,6 +248,8 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--heads", type=int_list, default=(1, 4), help="default 1,4")
     options.add_argument("--decode", type=int_list, default=(1, 8, 32), help="default 1,8,32")
     options.add_argument("--prefill", type=int_list, default=(512, 2048), help="default 512,2048")
+    options.add_argument("--hidden", type=int, default=576, help="of the model, default 576")
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options.add_argument("--rounds", type=int, help="default 200, with --quick 30")
     given = options.parse_args()
     if given.rounds is not None and given.rounds < 1:
@@ -205,8 +262,9 @@ def main() -> None:
     rounds = given.rounds or (30 if given.quick else 200)
     torch.set_num_threads(1)
     described = environment(
-        rank=given.rank, rounds=rounds, quick=given.quick, block_size=BLOCK_SIZE, threads=1
-    )
+        rank=given.rank, hidden=given.hidden, dtype=given.dtype, rounds=rounds, quick=given.quick,
+        block_size=BLOCK_SIZE, threads=1,
+    )  # fmt: skip
     progress.print("loading the kernel")
     warm_up(torch.device("cpu"))
     sizes = [("decode", size) for size in given.decode]
@@ -215,7 +273,7 @@ def main() -> None:
     samples = []
     for number, job in enumerate(jobs, start=1):
         progress.print(f"{number} of {len(jobs)}: {job.kind} {job.size}, {job.heads} state heads")
-        samples += measure(job, given.rank, rounds)
+        samples += measure(job, given.rank, Model(given.hidden, given.dtype), rounds)
 
     summary = summarise(samples, jobs)
     show(summary, jobs, f"Memory step per layer: rank {given.rank}, 1 thread, {rounds} rounds")
