@@ -6,12 +6,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
 import httpx
+import psutil
 
 from deltamem_vllm.adapter import link_checkpoint
 from deltamem_vllm.models.registry import ARCHITECTURES
@@ -20,6 +22,9 @@ from tests.helpers import DATA, with_word_tokenizer
 CASE: Final = DATA / "qwen3_tsw"
 MODEL: Final = "words"
 START_TIMEOUT_S: Final = 240
+NOTICE_S: Final = 0.5
+"""Within this the server notices that a client has closed its connection."""
+
 MAX_MODEL_LEN: Final = 1024
 """Tokens of the longest turn: about a second, so that tests find it running."""
 
@@ -105,6 +110,21 @@ class Server:
     def kill(self, signal_number: int) -> None:
         """Send a signal to all processes of the server."""
         os.killpg(self.process.pid, signal_number)
+
+    @contextmanager
+    def engine_held(self) -> Iterator[None]:
+        """Meanwhile no request gets on; the HTTP server answers, and notices who leaves."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        engines = [one for one in processes if "EngineCore" in " ".join(one.cmdline())]
+        assert engines
+        for engine in engines:
+            engine.suspend()
+        try:
+            yield
+        finally:
+            time.sleep(NOTICE_S)
+            for engine in engines:
+                engine.resume()
 
     def stop(self) -> None:
         """Ask the server to end, and kill what is left of it."""

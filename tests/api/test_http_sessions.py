@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
@@ -208,10 +209,11 @@ def test_interrupted_ingest_goes_on_and_cuts_as_if_it_had_not_stopped(
     ledger.turn(ask(client, COMPLETION, {"session": name}))
     body = {"token_ids": tokens, "segment_tokens": 2000, "job_id": "j", "stream": True}
     url = f"{server.url}/v1/memory/sessions/{name}/ingest"
-    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+    with ExitStack() as until_noticed, httpx.stream("POST", url, json=body, timeout=60) as answer:
         for line in answer.iter_lines():
             if line and json.loads(line.removeprefix("data: "))["position"] > 0:
                 break
+        until_noticed.enter_context(server.engine_held())
     assert record_of(store, name).version == 1
 
     resumed = sessions(server, "POST", f"/{name}/ingest", json=body)

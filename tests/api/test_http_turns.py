@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
@@ -175,16 +175,27 @@ def test_concurrent_turns_form_one_chain(
 
 
 @contextmanager
-def running_turn(client: openai.OpenAI, session: str) -> Iterator[None]:
-    """A long turn that runs on a session; broken off at the end."""
-    with client.completions.create(
-        model=MODEL,
-        prompt=COMPLETION,
-        max_tokens=900,
-        stream=True,
-        extra_body={"memory": {"session": session}, "ignore_eos": True},
-    ) as events:
+def running_turn(
+    server: Server, client: openai.OpenAI, session: str, *, held: bool = True
+) -> Iterator[None]:
+    """A long turn that runs on a session; broken off at the end.
+
+    Args:
+        held: the engine stands still meanwhile, so that the turn cannot end by itself.
+    """
+    with (
+        ExitStack() as until_noticed,
+        client.completions.create(
+            model=MODEL,
+            prompt=COMPLETION,
+            max_tokens=900,
+            stream=True,
+            extra_body={"memory": {"session": session}, "ignore_eos": True},
+        ) as events,
+    ):
         next(iter(events))
+        if held:
+            until_noticed.enter_context(server.engine_held())
         yield
 
 
@@ -200,13 +211,13 @@ def acquire_soon(store: SessionStore, key: SessionKey) -> Lease:
 
 
 def test_busy_session_is_refused_or_read_as_asked(
-    client: openai.OpenAI, store: SessionStore
+    server: Server, client: openai.OpenAI, store: SessionStore
 ) -> None:
     session = new_name()
     ask(client, COMPLETION, {"session": session})
     before = record_of(store, session)
     with (
-        running_turn(client, session),
+        running_turn(server, client, session),
         pytest.raises(openai.ConflictError, match="another turn runs"),
     ):
         ask(client, COMPLETION, {"session": session, "on_busy": "conflict"})
@@ -225,10 +236,10 @@ def test_busy_session_is_refused_or_read_as_asked(
 
 
 def test_disconnected_stream_commits_nothing_and_frees_its_session(
-    client: openai.OpenAI, store: SessionStore
+    server: Server, client: openai.OpenAI, store: SessionStore
 ) -> None:
     session = new_name()
-    with running_turn(client, session):
+    with running_turn(server, client, session):
         pass
     began = time.monotonic()
     reply = ask(client, COMPLETION, {"session": session})
@@ -272,7 +283,7 @@ def test_a_deleted_session_does_not_wait_for_the_turn_that_lost_it(
     session = new_name()
     ask(client, COMPLETION, {"session": session})
     before = record_of(store, session)
-    with running_turn(client, session):
+    with running_turn(server, client, session, held=False):
         answer = httpx.delete(f"{server.url}/v1/memory/sessions/{session}", timeout=60)
         assert answer.json()["deleted"]
         reply = ask(client, COMPLETION, {"session": session, "on_busy": "conflict"}, max_tokens=1)
