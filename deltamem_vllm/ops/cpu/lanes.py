@@ -16,7 +16,7 @@ from numba.extending import intrinsic
 LANES: Final = 16
 
 FLOAT, HALF, INT, LONG = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-CHAINS: Final = 2
+CHAINS: Final = 4
 """Sums that a product of many factors is split into: one alone would wait for its own result."""
 
 CACHE_LINE: Final = 64
