@@ -83,7 +83,9 @@ def environment(**settings: Any) -> dict[str, Any]:
         "memory_gib": _memory_gib(),
         "gpu": _gpu_name(),
         "load_average_at_start": load,
-        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "variables": {
+            name: os.path.basename(os.environ[name]) for name in VARIABLES if name in os.environ
+        },
         "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
         "settings": settings,
     }
