@@ -273,19 +273,25 @@ def test_what_runs_while_its_lora_changes_is_not_written(
     if what == "turn":
         url = f"{server.url}/v1/completions"
         body: dict[str, Any] = {"model": name, "prompt": PROMPT, "memory": {"session": session}}
-        body |= {"max_tokens": None, "ignore_eos": True, "stream": True}
+        body |= {"max_tokens": 900, "ignore_eos": True, "stream": True}
     else:
         url = f"{server.url}/v1/memory/sessions/{session}/ingest?model={name}"
         body = {"token_ids": random_tokens(2, 4000), "segment_tokens": 64, "stream": True}
     events = []
-    with httpx.stream("POST", url, json=body, timeout=60) as answer:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        httpx.stream("POST", url, json=body, timeout=60) as answer,
+    ):
         assert answer.status_code == 200
         for line in answer.iter_lines():
             events += [line] if line else []
             if len(events) == 2:
-                overwrite(lora, -2)
+                with server.engine_held():
+                    overwrite(lora, -2)
+                    if loads:
+                        loading = pool.submit(load, server, name, lora, load_inplace=True)
                 if loads:
-                    load(server, name, lora, load_inplace=True)
+                    loading.result()
     assert "loaded" in events[-2], events[-2:]
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == 409
     assert of(store, session) == []
