@@ -157,6 +157,9 @@ class BoundBatch:
     num_tokens: int = -1
     """Rows of `reads`; no step's until there are some."""
 
+    scratch: Tensor | None = None
+    """What a layer's step needs meanwhile."""
+
     reads_at: int = 0
     scratch_at: int = 0
-    """Where `reads` are, and what a layer's step needs meanwhile."""
+    """Where `reads` and `scratch` are."""

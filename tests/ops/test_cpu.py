@@ -220,7 +220,7 @@ def test_the_default_dtype_and_device_of_torch_do_not_matter(default: torch.dtyp
         torch.set_default_device("cpu")
         scratch = cpu._Scratch()
         scratch.at(1000)
-        assert scratch._words.numel() * scratch._words.element_size() >= 4000
+        assert scratch.words.numel() * scratch.words.element_size() >= 4000
     finally:
         torch.set_default_device("cpu")
         torch.set_default_dtype(torch.float32)

@@ -240,6 +240,8 @@ class LayerStep:
         bound.reads = torch.empty((tokens, self._read_dim), dtype=torch.float32, device="cpu")
         bound.reads_at = bound.reads.data_ptr()
         bound.scratch_at = _scratch.at(tokens * self._scratch_words)
+        # It stays while the batch does, also if another one makes a larger one.
+        bound.scratch = _scratch.words
 
     def _run_as_team(self) -> None:
         self._call[PHASE], self._call[TILE_TOKENS] = CHECK, TEAM_TILE
@@ -358,14 +360,14 @@ class _Scratch(threading.local):
     """Memory of this thread between the phases of a call; kept, as fresh pages cost time."""
 
     def __init__(self) -> None:
-        self._words = torch.empty(0, dtype=torch.float32, device="cpu")
+        self.words = torch.empty(0, dtype=torch.float32, device="cpu")
         self._address = 0
 
     def at(self, words: int) -> int:
         """The address of at least so many fp32 numbers."""
-        if words > self._words.numel():
-            self._words = torch.empty(words, dtype=torch.float32, device="cpu")
-            self._address = self._words.data_ptr()
+        if words > self.words.numel():
+            self.words = torch.empty(words, dtype=torch.float32, device="cpu")
+            self._address = self.words.data_ptr()
         return self._address
 
 
