@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,8 +26,11 @@ START_TIMEOUT_S: Final = 240
 NOTICE_S: Final = 0.5
 """Within this the server notices that a client has closed its connection."""
 
+AWAKE_S, ASLEEP_S = 0.01, 0.19
+"""How a slowed engine spends its time: some ten tokens, then the others' turn."""
+
 MAX_MODEL_LEN: Final = 1024
-"""Tokens of the longest turn: about a second, so that tests find it running."""
+"""Tokens of the longest turn: half a second, or many seconds of a slowed engine."""
 
 ENGINE_FLAGS: Final = (
     *("--dtype", "float32", "--max-model-len", str(MAX_MODEL_LEN), "--block-size", "32"),
@@ -112,19 +116,26 @@ class Server:
         os.killpg(self.process.pid, signal_number)
 
     @contextmanager
-    def engine_held(self) -> Iterator[None]:
-        """Meanwhile no request gets on; the HTTP server answers, and notices who leaves."""
+    def engine_slowed(self) -> Iterator[None]:
+        """Meanwhile the engine sleeps most of the time, so that requests are found running."""
         processes = psutil.Process(self.process.pid).children(recursive=True)
-        engines = [one for one in processes if "EngineCore" in " ".join(one.cmdline())]
-        assert engines
-        for engine in engines:
-            engine.suspend()
+        (engine,) = (one for one in processes if "EngineCore" in " ".join(one.cmdline()))
+        over = threading.Event()
+
+        def slow() -> None:
+            while not over.wait(AWAKE_S):
+                engine.suspend()
+                over.wait(ASLEEP_S)
+                engine.resume()
+
+        slowing = threading.Thread(target=slow)
+        slowing.start()
         try:
             yield
         finally:
             time.sleep(NOTICE_S)
-            for engine in engines:
-                engine.resume()
+            over.set()
+            slowing.join()
 
     def stop(self) -> None:
         """Ask the server to end, and kill what is left of it."""

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,10 @@ def test_what_runs_while_its_lora_changes_is_not_written(
         url = f"{server.url}/v1/memory/sessions/{session}/ingest?model={name}"
         body = {"token_ids": random_tokens(2, 4000), "segment_tokens": 64, "stream": True}
     events = []
+    slowed = ExitStack()
+    slowed.enter_context(server.engine_slowed())
     with (
+        slowed,
         ThreadPoolExecutor(1) as pool,
         httpx.stream("POST", url, json=body, timeout=60) as answer,
     ):
@@ -286,10 +290,10 @@ def test_what_runs_while_its_lora_changes_is_not_written(
         for line in answer.iter_lines():
             events += [line] if line else []
             if len(events) == 2:
-                with server.engine_held():
-                    overwrite(lora, -2)
-                    if loads:
-                        loading = pool.submit(load, server, name, lora, load_inplace=True)
+                overwrite(lora, -2)
+                if loads:
+                    loading = pool.submit(load, server, name, lora, load_inplace=True)
+                slowed.close()
                 if loads:
                     loading.result()
     assert "loaded" in events[-2], events[-2:]

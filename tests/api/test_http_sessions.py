@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
@@ -210,11 +209,10 @@ def test_interrupted_ingest_goes_on_and_cuts_as_if_it_had_not_stopped(
         name, ledger = new_name("resumed"), Ledger(oracle)
         ledger.turn(ask(client, COMPLETION, {"session": name}))
         url = f"{server.url}/v1/memory/sessions/{name}/ingest"
-        with ExitStack() as until_noticed, httpx.stream("POST", url, json=body) as answer:
+        with server.engine_slowed(), httpx.stream("POST", url, json=body) as answer:
             for line in answer.iter_lines():
                 if line and json.loads(line.removeprefix("data: "))["position"] > 0:
                     break
-            until_noticed.enter_context(server.engine_held())
         if record_of(store, name).version == 1:
             break
     assert record_of(store, name).version == 1

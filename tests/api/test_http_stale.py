@@ -4,7 +4,7 @@ import json
 import signal
 import sqlite3
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import httpx
@@ -55,10 +55,13 @@ def test_a_turn_that_wakes_up_after_its_session_was_made_anew_writes_nothing(
         assert first.json()["memory"]["version"] == 1
         before = record_of(store, "a")
         turn = {**body, "prompt": random_tokens(2, 20), "stream": True}
-        with client.stream("POST", "/v1/completions", json=turn) as stream:
+        slowed = ExitStack()
+        slowed.enter_context(server.engine_slowed())
+        with slowed, client.stream("POST", "/v1/completions", json=turn) as stream:
             events = (line[6:] for line in stream.iter_lines() if line.startswith("data: "))
             assert json.loads(next(events))["choices"]
             stop_outside_of_transactions(server, tmp_path / "sessions.db")
+            slowed.close()
             try:
                 # Nobody may take the session while the lease lasts; then anybody may.
                 time.sleep(1.5 * LEASE_S)

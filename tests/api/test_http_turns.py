@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
@@ -175,16 +175,10 @@ def test_concurrent_turns_form_one_chain(
 
 
 @contextmanager
-def running_turn(
-    server: Server, client: openai.OpenAI, session: str, *, held: bool = True
-) -> Iterator[None]:
-    """A long turn that runs on a session; broken off at the end.
-
-    Args:
-        held: the engine stands still meanwhile, so that the turn cannot end by itself.
-    """
+def running_turn(server: Server, client: openai.OpenAI, session: str) -> Iterator[None]:
+    """A long turn that runs on a session; broken off at the end."""
     with (
-        ExitStack() as until_noticed,
+        server.engine_slowed(),
         client.completions.create(
             model=MODEL,
             prompt=COMPLETION,
@@ -194,8 +188,6 @@ def running_turn(
         ) as events,
     ):
         next(iter(events))
-        if held:
-            until_noticed.enter_context(server.engine_held())
         yield
 
 
@@ -283,7 +275,7 @@ def test_a_deleted_session_does_not_wait_for_the_turn_that_lost_it(
     session = new_name()
     ask(client, COMPLETION, {"session": session})
     before = record_of(store, session)
-    with running_turn(server, client, session, held=False):
+    with running_turn(server, client, session):
         answer = httpx.delete(f"{server.url}/v1/memory/sessions/{session}", timeout=60)
         assert answer.json()["deleted"]
         reply = ask(client, COMPLETION, {"session": session, "on_busy": "conflict"}, max_tokens=1)
