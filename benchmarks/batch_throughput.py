@@ -45,7 +45,7 @@ if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import console, environment, parser, progress, write_json
-from benchmarks.overhead import make_adapter
+from benchmarks.backbones import make_adapter
 
 LOOP, BATCHED, LOCK_STEP, BATCH = "loop", "batched", "lock-step", "batch"
 STOCK = (LOOP, BATCHED)
@@ -375,7 +375,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="deltamem-batch-") as temporary:
         model, adapter = Path(temporary) / "model", Path(temporary) / "adapter"
         make_backbone(model, layers)
-        make_adapter(adapter, model)
+        make_adapter(adapter, str(model))
         longest = given.turns * (given.words + 60) + 64
         setup = Setup(
             str(model), str(adapter), longest, given.kv_gib, given.prefix_caching, given.eager
