@@ -23,8 +23,8 @@ class _Session:
 
 class Schedule:
     """Hands rows to workers. A row that writes its session waits for all before it, and all after
-    it wait for it; rows that only read run side by side. May be used from any thread; of the threads
-    that wait as many are woken up as have something to do.
+    it wait for it; rows that only read run side by side. May be used from any thread; of those that
+    wait, as many are woken up as have something to do.
 
     Args:
         rows: are read while they are needed.

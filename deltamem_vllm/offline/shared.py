@@ -239,7 +239,7 @@ class SharedEngine:
         self._news.notify_all()
 
     def _advance(self) -> None:
-        """Hand over the states that have arrived; if there are none, step, and hand over outputs."""
+        """Hand over states that have arrived; if none have, step, and hand over outputs."""
         engine = self._llm.llm_engine
         if ready := self._collected():
             # Before the next step, during which what they write is committed.
