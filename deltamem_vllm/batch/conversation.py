@@ -7,7 +7,7 @@ from typing import Any, Final
 from vllm import RequestOutput, SamplingParams
 
 from deltamem_vllm.api.settings import ServerSettings
-from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling
+from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling, describe
 from deltamem_vllm.engine.compat import engine_is_dead
 from deltamem_vllm.engine.turn import BROKEN_OFF
 from deltamem_vllm.errors import BrokenOffError, StoreError
@@ -137,11 +137,6 @@ class Conversations:
         """A seed of the turn's own, the same in every batch."""
         digest = hashlib.blake2b(f"{index} {row.id}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
-
-
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _asked(row: Row) -> Sequence[Any]:
