@@ -1,4 +1,4 @@
-"""What `benchmarks.batch_throughput` runs in the processes of engines: conversations in four ways."""
+"""What `benchmarks.batch_throughput` runs in engines' processes: conversations in four ways."""
 
 import json
 import os
