@@ -95,7 +95,7 @@ def test_a_run_on_ray_that_cannot_start_says_why_and_binds_nothing(
 
     path = write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(1), {"id": "bad"}])
     spec = replace(spec_of(checkpoint, None), adapter="no-such/adapter")
-    with pytest.raises(BatchError, match="^'no-such/adapter': no such folder"):
+    with pytest.raises(BatchError, match=r"^'no-such/adapter': no such folder"):
         batch.run(path, tmp_path / "out", spec, concurrency=1)
     with Output(tmp_path / "out", {"model": "what was meant"}) as output:
         assert not output.finished
