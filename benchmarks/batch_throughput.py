@@ -2,7 +2,7 @@
 
     python -m benchmarks.batch_throughput              # a random backbone, one engine
     python -m benchmarks.batch_throughput --quick      # fewer conversations, fewer layers
-    python -m benchmarks.batch_throughput --engines 2  # and two engines on Ray, half the cores each
+    python -m benchmarks.batch_throughput --engines 2  # and one and two engines on Ray
 
 The same conversations, of several turns with long messages and replies of different length, in one
 run on one machine:
@@ -11,253 +11,71 @@ run on one machine:
     batched    stock vLLM, `LLM.chat` for all conversations at once, turn by turn, full history
     lock-step  with memory, `MemoryLLM.chat` for all at once, turn by turn, new messages only
     batch      with memory, the batch of `deltamem batch`: each conversation at its own pace, every
-               turn durable in a SQLite store, results on the disk
+               turn durable in a SQLite store under a name, results on the disk
 
 Stock vLLM's prefix cache is on, as by default: while the KV cache holds all conversations, a
 history is not computed again, so that what `batched` loses to memory is attention over it, and
 with `--kv-gib` too small for all, its recomputation. Weights and adapter are random, which changes
-no duration. A ratio above 1 means that `batch` is faster; on a busy machine with `--eager` and one
-core, read the ratio by CPU time. The engines live in a process each and
-are measured in turns while the other waits.
+no duration. A ratio above 1 means that `batch` is faster; where other programs use the machine, run
+`--eager` on one core and read the ratio by CPU time. The engines live in a process each and are
+measured in turns while the other waits.
+
+With `--engines N`, one engine and then N run on Ray, each with the same part of the cores.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
-import random
 import shutil
 import statistics
 import sys
 import tempfile
-import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.table import Table
 
 if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.backbones import make_adapter, make_random_qwen3
+from benchmarks.batch_jobs import (
+    BATCH,
+    LOCK_STEP,
+    LOOP,
+    OURS,
+    STOCK,
+    Setup,
+    make_conversations,
+    scale,
+    serve,
+)
 from benchmarks.common import console, environment, parser, progress, write_json
-from benchmarks.overhead import make_adapter
-
-LOOP, BATCHED, LOCK_STEP, BATCH = "loop", "batched", "lock-step", "batch"
-STOCK = (LOOP, BATCHED)
-OURS = (LOCK_STEP, BATCH)
 
 DEMO = Path(__file__).parents[1] / "deltamem_vllm" / "demo" / "model"
 """Whose tokenizer is used."""
 
 
-SAID = "I am getting ready for my match on Tuesday Monday Friday day is the of"
-"""Words of its vocabulary."""
-
-
-class Turn(NamedTuple):
-    """What is said, and how long the reply is."""
-
-    text: str
-    max_tokens: int
-
-
-Conversations = list[list[Turn]]
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What all engines get."""
-
-    model: str
-    adapter: str
-    max_model_len: int
-    kv_gib: float
-    prefix_caching: bool
-    eager: bool
-
-    @property
-    def engine_args(self) -> dict[str, Any]:
-        return {
-            "dtype": "float32",
-            "max_model_len": self.max_model_len,
-            "enable_prefix_caching": self.prefix_caching,
-            "enforce_eager": self.eager,
-            "kv_cache_memory_bytes": int(self.kv_gib * 2**30),
-        }
-
-
-def make_conversations(count: int, turns: int, words: int, seed: int) -> Conversations:
-    """Conversations that share no beginning, of `words` words a message, replies of 8 to 48."""
-    rng = random.Random(seed)
-    said = SAID.split()
-    return [
-        [
-            Turn(" ".join(rng.choices(said, k=words)), rng.choice((8, 16, 24, 48)))
-            for _ in range(turns)
-        ]
-        for _ in range(count)
-    ]
-
-
-def rows_of(conversations: Conversations, name: str) -> list[dict[str, Any]]:
-    """As a batch's input: one row a turn."""
-    return [
-        {
-            "id": f"{name}/{number}/{index}",
-            "session": f"{name}/{number}",
-            "messages": [{"role": "user", "content": turn.text}],
-            "sampling": {"max_tokens": turn.max_tokens},
-        }
-        for index in range(len(conversations[0]))
-        for number, turns in enumerate(conversations)
-        for turn in [turns[index]]
-    ]
-
-
-# In an engine's process
-
-
-def serve(pipe: Connection, setup: Setup, with_memory: bool) -> None:
-    """Start an engine, then answer (contestant, conversations, name), until None.
-
-    Answers are seconds, and CPU seconds of all threads of the process.
-    """
-    try:
-        if with_memory:
-            from deltamem_vllm import MemoryLLM
-
-            with tempfile.TemporaryDirectory() as folder:
-                llm = MemoryLLM(
-                    setup.model,
-                    setup.adapter,
-                    store=f"sqlite://{folder}/sessions.db",
-                    **setup.engine_args,
-                )
-                answer(pipe, llm, setup, Path(folder))
-                llm.close()
-        else:
-            from vllm import LLM
-
-            answer(pipe, LLM(setup.model, **setup.engine_args), setup, Path())
-    except Exception:
-        pipe.send(traceback.format_exc())
-
-
-def answer(pipe: Connection, llm: Any, setup: Setup, folder: Path) -> None:
-    pipe.send(None)
-    while (asked := pipe.recv()) is not None:
-        contestant, conversations, name = asked
-        llm.reset_prefix_cache()
-        begun, cpu_begun = time.perf_counter(), time.process_time()
-        if contestant == LOOP:
-            for turns in conversations:
-                with_full_history(llm, [turns])
-        elif contestant == BATCHED:
-            with_full_history(llm, conversations)
-        elif contestant == LOCK_STEP:
-            in_lock_step(llm, conversations, name)
-        else:
-            as_a_batch(llm, conversations, name, setup, folder)
-        pipe.send((time.perf_counter() - begun, time.process_time() - cpu_begun))
-
-
-def params_of(turn: Turn) -> Any:
-    from vllm import SamplingParams
-
-    return SamplingParams(temperature=0, max_tokens=turn.max_tokens, ignore_eos=True)
-
-
-def with_full_history(llm: Any, conversations: Conversations) -> None:
-    histories: list[list[dict[str, str]]] = [[] for _ in conversations]
-    for step in zip(*conversations, strict=True):
-        for history, turn in zip(histories, step, strict=True):
-            history.append({"role": "user", "content": turn.text})
-        outputs = llm.chat(histories, [params_of(turn) for turn in step], use_tqdm=False)
-        for history, output in zip(histories, outputs, strict=True):
-            history.append({"role": "assistant", "content": output.outputs[0].text})
-
-
-def in_lock_step(llm: Any, conversations: Conversations, name: str) -> None:
-    from deltamem_vllm import Memory
-
-    memories = [Memory(session=f"{name}/{number}") for number in range(len(conversations))]
-    for step in zip(*conversations, strict=True):
-        messages = [[{"role": "user", "content": turn.text}] for turn in step]
-        params = [params_of(turn) for turn in step]
-        llm.chat(messages, params, memory=memories, use_tqdm=False)
-
-
-def as_a_batch(
-    llm: Any, conversations: Conversations, name: str, setup: Setup, folder: Path
-) -> None:
-    from deltamem_vllm.batch.job import BatchSpec, run
-    from deltamem_vllm.batch.rows import Sampling
-
-    source = folder / f"{name}.jsonl"
-    write_rows(source, rows_of(conversations, name))
-    sampling = Sampling(temperature=0, ignore_eos=True)
-    spec = BatchSpec(
-        setup.model, setup.adapter, f"sqlite://{folder}/sessions.db", sampling=sampling
-    )
-    report = run(source, folder / f"{name}-out", spec, llm=llm)
-    assert report.failed == 0
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def scale(pipe: Connection, setup: Setup, conversations: Conversations, engines: int) -> None:
-    """Run a batch on engines of an equal part of the cores each; send conversations per second."""
-    try:
-        from deltamem_vllm.batch.job import BatchSpec, run
-        from deltamem_vllm.batch.rows import Sampling
-
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_rows(folder / "rows.jsonl", rows_of(conversations, "scaling"))
-            spec = BatchSpec(
-                setup.model,
-                setup.adapter,
-                f"sqlite://{folder}/sessions.db",
-                sampling=Sampling(temperature=0, ignore_eos=True),
-                engine_args=setup.engine_args,
-            )
-            if engines == 1:
-                report = run(folder / "rows.jsonl", folder / "out", spec)
-            else:
-                from deltamem_vllm.ray import batch
-
-                report = batch.run(folder / "rows.jsonl", folder / "out", spec, concurrency=engines)
-            assert report.failed == 0
-            pipe.send(report.conversations_per_second)
-    except Exception:
-        pipe.send(traceback.format_exc())
-
-
-# In the benchmark's process
-
-
 class Worker:
-    """A process, asked over a pipe."""
+    """A process, asked over a pipe.
 
-    def __init__(self, target: Any, *args: Any, cores: set[int] | None = None) -> None:
+    Args:
+        target: gets its end of the pipe, and `args`.
+        cores: it may run on, with a thread for each.
+    """
+
+    def __init__(self, target: Any, *args: Any, cores: set[int]) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=target, args=(theirs, *args))
         mine = os.sched_getaffinity(0)
-        os.sched_setaffinity(0, cores or mine)
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = str(len(cores or mine))
+        os.environ["OMP_NUM_THREADS"] = str(len(cores))
+        os.sched_setaffinity(0, cores)
         self._process.start()
         os.sched_setaffinity(0, mine)
-        if threads is not None:
-            os.environ["OMP_NUM_THREADS"] = threads
         theirs.close()
 
     def receive(self) -> Any:
@@ -284,11 +102,12 @@ class Worker:
 
 @contextmanager
 def both_engines(setup: Setup) -> Iterator[dict[str, Worker]]:
-    stock = Worker(serve, setup, False)
+    cores = os.sched_getaffinity(0)
+    stock = Worker(serve, setup, False, cores=cores)
     try:
         stock.receive()
         progress.print("stock vLLM: started")
-        ours = Worker(serve, setup, True)
+        ours = Worker(serve, setup, True, cores=cores)
         try:
             ours.receive()
             progress.print("with memory: started")
@@ -302,6 +121,7 @@ def both_engines(setup: Setup) -> Iterator[dict[str, Worker]]:
 def measure(
     workers: dict[str, Worker], given: argparse.Namespace, count: int, rounds: int
 ) -> list[dict[str, Any]]:
+    """One sample for each contestant and round; the round of the warm-up is left out."""
     samples = []
     for number in range(rounds + 1):
         progress.print("warming up" if number == 0 else f"round {number} of {rounds}")
@@ -311,9 +131,8 @@ def measure(
         order = list(workers)
         for contestant in order if number % 2 else order[::-1]:
             part = conversations[: max(size // 4, 1)] if contestant == LOOP else conversations
-            seconds, cpu_seconds = workers[contestant].ask(
-                (contestant, part, f"{contestant}-{number}")
-            )
+            name = f"{contestant}-{number}"
+            seconds, cpu_seconds = workers[contestant].ask((contestant, part, name))
             if number:
                 samples.append(
                     {
@@ -321,32 +140,103 @@ def measure(
                         "round": number,
                         "conversations": len(part),
                         "seconds": seconds,
-                        "cpu_seconds_per_conversation": cpu_seconds / len(part),
-                        "conversations_per_second": len(part) / seconds,
+                        "cpu_seconds": cpu_seconds,
+                        "load_average": os.getloadavg()[0],
                     }
                 )
     return samples
 
 
+def summarise(samples: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Medians for each contestant, and how often the batch is as fast as the others."""
+    summary: dict[str, float] = {}
+
+    def medians(figure: Any, name: str) -> dict[str, float]:
+        found = {}
+        for contestant in (*STOCK, *OURS):
+            values = [figure(one) for one in samples if one["contestant"] == contestant]
+            found[contestant] = statistics.median(values)
+            summary[f"{_key(contestant)}_{name}"] = found[contestant]
+        return found
+
+    speeds = medians(lambda one: one["conversations"] / one["seconds"], "conversations_per_second")
+    costs = medians(
+        lambda one: one["cpu_seconds"] / one["conversations"], "cpu_seconds_per_conversation"
+    )
+    for contestant in (*STOCK, LOCK_STEP):
+        name = f"batch_over_{_key(contestant)}"
+        summary[name] = speeds[BATCH] / speeds[contestant]
+        summary[f"{name}_by_cpu"] = costs[contestant] / costs[BATCH]
+    return summary
+
+
+def _key(contestant: str) -> str:
+    return contestant.replace("-", "_")
+
+
+def measure_scaling(setup: Setup, given: argparse.Namespace, count: int) -> list[dict[str, Any]]:
+    """One engine with its part of the cores, then all engines, in each round."""
+    cores = sorted(os.sched_getaffinity(0))
+    each = max(len(cores) // given.engines, 1)
+    conversations = make_conversations(2 * count, given.turns, given.words, seed=100)
+    samples = []
+    for number in range(1, given.scaling_rounds + 1):
+        for engines in (1, given.engines):
+            progress.print(f"round {number}: {engines} engine(s) on Ray, {each} core(s) each")
+            allowed = set(cores[:each]) if engines == 1 else set(cores)
+            worker = Worker(scale, setup, conversations, engines, cores=allowed)
+            scaled = worker.receive()
+            worker.close()
+            samples.append(
+                {
+                    "contestant": "engines",
+                    "engines": engines,
+                    "round": number,
+                    "cores": len(allowed),
+                    "conversations": len(conversations),
+                    "seconds": scaled.seconds,
+                    "cpu_seconds": scaled.cpu_seconds,
+                    "conversations_per_second": scaled.conversations_per_second,
+                    "load_average": os.getloadavg()[0],
+                }
+            )
+    return samples
+
+
+def summarise_scaling(samples: Sequence[dict[str, Any]], engines: int) -> dict[str, float]:
+    """Medians of one engine and of several, and how many times as fast several are."""
+    summary: dict[str, float] = {}
+    for count in (1, engines):
+        own = [one for one in samples if one.get("engines") == count]
+        name = f"engines_{count}"
+        summary[f"{name}_cores"] = own[0]["cores"]
+        for figure, values in (
+            ("conversations_per_second", [one["conversations_per_second"] for one in own]),
+            ("cpu_seconds_per_conversation", [_cost(one) for one in own]),
+            ("cores_had", [one["cpu_seconds"] / one["seconds"] for one in own]),
+        ):
+            summary[f"{name}_{figure}"] = statistics.median(values)
+    first, several = "engines_1", f"engines_{engines}"
+    speed, cost = "conversations_per_second", "cpu_seconds_per_conversation"
+    summary["scaling"] = summary[f"{several}_{speed}"] / summary[f"{first}_{speed}"]
+    # As if every engine had its cores for itself.
+    summary["scaling_by_cpu"] = engines * summary[f"{first}_{cost}"] / summary[f"{several}_{cost}"]
+    return summary
+
+
+def _cost(sample: dict[str, Any]) -> float:
+    return float(sample["cpu_seconds"] / sample["conversations"])
+
+
 def make_backbone(folder: Path, layers: int) -> None:
     """Write a random Qwen3 of the 135M shape, of fewer layers, with the demo's tokenizer."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
-
-    torch.manual_seed(0)
     vocab_size = json.loads((DEMO / "config.json").read_text())["vocab_size"]
-    config = Qwen3Config(
-        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers},
-        **{"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64},
-        **{"vocab_size": vocab_size, "max_position_embeddings": 8192, "eos_token_id": 1},
-        tie_word_embeddings=True,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    make_random_qwen3(folder, layers, "float32", vocab_size=vocab_size)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(DEMO / name, folder / name)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--conversations", type=int, help="default 48, with --quick 16")
     options.add_argument("--turns", type=int, default=6)
@@ -357,7 +247,8 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--no-prefix-caching", dest="prefix_caching", action="store_false")
     options.add_argument("--eager", action="store_true", help="no torch.compile")
     options.add_argument("--engines", type=int, help="also so many engines on Ray")
-    return options.parse_args()
+    options.add_argument("--scaling-rounds", type=int, default=1, help="of --engines, default 1")
+    return options.parse_args(given)
 
 
 def main() -> None:
@@ -371,69 +262,23 @@ def main() -> None:
     for name, default in (("VLLM_LOGGING_LEVEL", "ERROR"), ("VLLM_NO_USAGE_STATS", "1")):
         os.environ.setdefault(name, default)
     described = environment(**vars(given) | {"json": str(given.json)}, layers_used=layers)
-    summary: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="deltamem-batch-") as temporary:
         model, adapter = Path(temporary) / "model", Path(temporary) / "adapter"
         make_backbone(model, layers)
-        make_adapter(adapter, model)
+        make_adapter(adapter, str(model))
         longest = given.turns * (given.words + 60) + 64
         setup = Setup(
             str(model), str(adapter), longest, given.kv_gib, given.prefix_caching, given.eager
         )
         with both_engines(setup) as workers:
             samples = measure(workers, given, count, rounds)
-        for contestant in (*STOCK, *OURS):
-            speeds = [
-                one["conversations_per_second"]
-                for one in samples
-                if one["contestant"] == contestant
-            ]
-            name = contestant.replace("-", "_")
-            summary[f"{name}_conversations_per_second"] = statistics.median(speeds)
-            costs = [
-                one["cpu_seconds_per_conversation"]
-                for one in samples
-                if one["contestant"] == contestant
-            ]
-            summary[f"{name}_cpu_seconds_per_conversation"] = statistics.median(costs)
-        batch = summary["batch_conversations_per_second"]
-        for contestant in (*STOCK, LOCK_STEP):
-            name = contestant.replace("-", "_")
-            summary[f"batch_over_{name}"] = batch / summary[f"{name}_conversations_per_second"]
-            summary[f"batch_over_{name}_by_cpu"] = (
-                summary[f"{name}_cpu_seconds_per_conversation"]
-                / summary["batch_cpu_seconds_per_conversation"]
-            )
+        summary = summarise(samples)
         if given.engines:
-            samples += measure_scaling(setup, given, count, summary)
+            samples += measure_scaling(setup, given, count)
+            summary |= summarise_scaling(samples, given.engines)
     show(summary, f"{count} conversations of {given.turns} turns, {layers} layers")
     if given.json:
         write_json(given.json, described, samples, summary)
-
-
-def measure_scaling(
-    setup: Setup, given: argparse.Namespace, count: int, summary: dict[str, float]
-) -> list[dict[str, Any]]:
-    """One engine with its part of the cores, then all engines."""
-    cores = sorted(os.sched_getaffinity(0))
-    each = max(len(cores) // given.engines, 1)
-    conversations = make_conversations(2 * count, given.turns, given.words, seed=100)
-    samples = []
-    for engines in (1, given.engines):
-        progress.print(f"{engines} engine(s) of {each} core(s)")
-        allowed = set(cores[:each]) if engines == 1 else set(cores)
-        worker = Worker(scale, setup, conversations, engines, cores=allowed)
-        speed = worker.receive()
-        worker.close()
-        summary[f"engines_{engines}_conversations_per_second"] = speed
-        samples.append(
-            {"contestant": f"{engines} engines", "cores": engines * each, "speed": speed}
-        )
-    summary["scaling"] = (
-        summary[f"engines_{given.engines}_conversations_per_second"]
-        / summary["engines_1_conversations_per_second"]
-    )
-    return samples
 
 
 def show(summary: dict[str, float], title: str) -> None:

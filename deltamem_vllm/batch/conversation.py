@@ -7,7 +7,7 @@ from typing import Any, Final
 from vllm import RequestOutput, SamplingParams
 
 from deltamem_vllm.api.settings import ServerSettings
-from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling
+from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling, describe
 from deltamem_vllm.engine.compat import engine_is_dead
 from deltamem_vllm.engine.turn import BROKEN_OFF
 from deltamem_vllm.errors import BrokenOffError, StoreError
@@ -35,6 +35,8 @@ class Conversations:
         self._llm = llm
         self._job = job
         self._sampling = sampling
+        # Once: vLLM reads the model's files for it each time.
+        self._of_the_model: dict[str, Any] = llm.model_config.get_diff_sampling_param()
         settings = ServerSettings.from_environment()
         self._patience = settings.lease_seconds + LEASE_PATIENCE_S
         self._private_seconds = settings.reply_seconds
@@ -117,10 +119,9 @@ class Conversations:
         return output
 
     def _params(self, row: Row, index: int) -> SamplingParams:
-        chosen = self._llm.model_config.get_diff_sampling_param()
-        chosen |= row.sampling.over(self._sampling).model_dump(exclude_none=True)
+        said = row.sampling.over(self._sampling).model_dump(exclude_none=True)
         # As in a server, and unlike `LLM`, a reply may be as long as the model allows.
-        chosen = {"max_tokens": None, **chosen}
+        chosen = {"max_tokens": None, **self._of_the_model, **said}
         if chosen.get("temperature", 1.0) > 0:
             chosen.setdefault("seed", self._number(row, index))
         return SamplingParams(**chosen)
@@ -136,11 +137,6 @@ class Conversations:
         """A seed of the turn's own, the same in every batch."""
         digest = hashlib.blake2b(f"{index} {row.id}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
-
-
-def describe(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _asked(row: Row) -> Sequence[Any]:

@@ -131,6 +131,7 @@ def _run(rest: Rest, kept: Output, tally: Tally, spec: BatchSpec, llm: "MemoryLL
 
     engine = spec.start() if llm is None else llm
     try:
+        kept.begin()
         runner = Runner(engine, Conversations(engine, kept.job.job, spec.sampling), spec.in_flight)
         with progress(rest) as bar:
 

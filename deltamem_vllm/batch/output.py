@@ -1,6 +1,6 @@
 """The output folder: what is finished stays finished, whatever is killed.
 
-    job.json            what the batch is, made once; names its turns in the store
+    job.json            what the batch is, made before its first row; names its turns in the store
     part-00000.jsonl    one `Result` a line; each run of the command appends to a part of its own
     report.json         of the last run
 
@@ -47,15 +47,20 @@ class Output:
         settings: see `Job`.
 
     Raises:
-        BatchError: the folder holds something else, or another process writes it.
+        BatchError: it holds something else, cannot be written, or another process writes it.
     """
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self._folder = folder
         if folder.is_dir() and not (folder / JOB_FILE).exists() and _holds_more(folder):
             raise BatchError(f"{folder}: holds other files. Give a folder of its own.")
-        folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (folder / LOCK_FILE).open("w")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = (folder / LOCK_FILE).open("w")
+        except OSError as error:
+            raise BatchError(
+                f"{folder}: cannot be written ({error.strerror}). Give a folder that can."
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -63,6 +68,7 @@ class Output:
             raise BatchError(f"{folder}: another run writes it.") from None
         self._part: BinaryIO | None = None
         try:
+            self._has_job_file = (folder / JOB_FILE).exists()
             self.job = self._open_job(settings)
             parts = sorted(folder.glob(PARTS))
             for part in parts:
@@ -83,6 +89,13 @@ class Output:
             self._part.close()
         self._lock.close()
 
+    def begin(self) -> None:
+        """Put the job on the disk, before any row runs; not before an engine is ready, so that a
+        run which could not start leaves nothing behind that another must agree with."""
+        if not self._has_job_file:
+            _replace(self._folder / JOB_FILE, self.job.model_dump_json(indent=2) + "\n")
+            self._has_job_file = True
+
     def write(self, results: Sequence[Result]) -> list[Result]:
         """Put results on the disk; those of rows that have theirs are left out.
 
@@ -99,6 +112,7 @@ class Output:
                 new.append(result)
         if not new:
             return new
+        self.begin()
         if self._part is None:
             self._part = self._path.open("ab")
             _sync_folder(self._folder)
@@ -109,15 +123,14 @@ class Output:
 
     def write_report(self, report: BaseModel) -> None:
         """Keep what a run did."""
+        self.begin()
         _replace(self._folder / "report.json", report.model_dump_json(indent=2) + "\n")
 
     def _open_job(self, settings: dict[str, Any]) -> Job:
         path = self._folder / JOB_FILE
         settings = json.loads(json.dumps(settings))
-        if not path.exists():
-            job = Job(job=secrets.token_hex(8), settings=settings)
-            _replace(path, job.model_dump_json(indent=2) + "\n")
-            return job
+        if not self._has_job_file:
+            return Job(job=secrets.token_hex(8), settings=settings)
         try:
             job = Job.model_validate_json(path.read_bytes())
         except ValidationError as error:

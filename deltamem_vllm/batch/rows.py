@@ -212,6 +212,11 @@ def key_of(row_id: str | None, where: str) -> str:
     return f"id {row_id}" if row_id is not None else f"at {where}"
 
 
+def describe(error: Exception) -> str:
+    """An error in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def parse_row(content: Any) -> Row:
     """A row of plain values.
 

@@ -5,8 +5,8 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
-from deltamem_vllm.batch.conversation import Conversations, describe
-from deltamem_vllm.batch.rows import Placed, Result
+from deltamem_vllm.batch.conversation import Conversations
+from deltamem_vllm.batch.rows import Placed, Result, describe
 from deltamem_vllm.batch.schedule import LOOKAHEAD, Schedule
 from deltamem_vllm.offline import MemoryLLM
 

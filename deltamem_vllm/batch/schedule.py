@@ -23,7 +23,8 @@ class _Session:
 
 class Schedule:
     """Hands rows to workers. A row that writes its session waits for all before it, and all after
-    it wait for it; rows that only read run side by side. May be used from any thread.
+    it wait for it; rows that only read run side by side. May be used from any thread; of those that
+    wait, as many are woken up as have something to do.
 
     Args:
         rows: are read while they are needed.
@@ -60,6 +61,8 @@ class Schedule:
         """Say that a row's result is kept; what waited for it may run."""
         with self._news:
             self._num_held -= 1
+            # As far as was read ahead, one more row may be read.
+            num_to_do = 0 if self._is_read else 1
             name = _session_of(placed)
             if name is not None:
                 session = self._sessions[name]
@@ -68,10 +71,13 @@ class Schedule:
                     session.is_writing = False
                 else:
                     session.num_reading -= 1
-                self._release(session)
+                num_to_do += self._release(session)
                 if not (session.waiting or session.num_reading or session.is_writing):
                     del self._sessions[name]
-            self._news.notify_all()
+            if self._is_read and not self._num_held:
+                self._news.notify_all()
+            else:
+                self._news.notify(num_to_do)
 
     def stop(self) -> None:
         """Hand out no more."""
@@ -83,7 +89,8 @@ class Schedule:
         placed = next(self._rows, None)
         if placed is None:
             self._is_read = True
-            self._news.notify_all()
+            if not self._num_held:
+                self._news.notify_all()
             return
         self._num_held += 1
         name = _session_of(placed)
@@ -94,18 +101,20 @@ class Schedule:
         session.waiting.append(placed)
         self._release(session)
 
-    def _release(self, session: _Session) -> None:
-        """Let those at the front of a session's queue run that may."""
+    def _release(self, session: _Session) -> int:
+        """Let those at the front of a session's queue run that may; how many."""
+        num_ready = len(self._ready)
         while session.waiting and not session.is_writing:
             row = session.waiting[0].row
             assert row is not None
             if row.writes:
                 if session.num_reading:
-                    return
+                    break
                 session.is_writing = True
             else:
                 session.num_reading += 1
             self._ready.append(session.waiting.popleft())
+        return len(self._ready) - num_ready
 
 
 def _session_of(placed: Placed) -> str | None:

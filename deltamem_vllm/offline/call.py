@@ -4,7 +4,6 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeVar
 
@@ -284,8 +283,7 @@ class CallSessions:
                 raise SessionBusyError(
                     f"session {key.name!r} is in another turn. Nothing of this call was run."
                 )
-            with self._aside():
-                time.sleep(min(next(pause), left))
+            time.sleep(min(next(pause), left))
             if self._shared is not None:
                 self._shared.check()
 
@@ -348,23 +346,22 @@ class CallSessions:
 
     def _map(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         """A store's call for each item, side by side; all end before an error is raised."""
-        return [future.result() for future in self._start(function, items)]
+        if self._shared is None or not items:
+            return self._together(function, items)
+        with self._shared.aside():
+            # A thread beside others has what is a single call's done soonest by itself.
+            if len(items) == 1:
+                return [function(items[0])]
+            return self._together(function, items)
 
-    def _aside(self) -> AbstractContextManager[None]:
-        """Around waiting."""
-        return nullcontext() if self._shared is None else self._shared.aside()
-
-    def _start(self, function: Callable[[A], B], items: Sequence[A]) -> "list[Future[B]]":
-        """As `_map`, with the outcomes still in their futures."""
+    def _together(self, function: Callable[[A], B], items: Sequence[A]) -> list[B]:
         futures: list[Future[B]] = []
         try:
             for item in items:
                 futures.append(self._threads.submit(function, item))
         finally:
-            if futures:
-                with self._aside():
-                    _wait_for_all(futures)
-        return futures
+            _wait_for_all(futures)
+        return [future.result() for future in futures]
 
     def _outcome(self, writing: Sequence[SessionKey]) -> str:
         """What became of the sessions of a commit that did not end well."""

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -103,13 +103,18 @@ class OfflineEngine:
     @contextmanager
     def _sharing(self, shared: SharedEngine) -> Iterator[None]:
         """`busy` of a call beside others, whose requests must not be touched."""
-        try:
-            yield
-        except BaseException:
-            self._has_states = True
-            if left := shared.take_added():
-                self._llm.llm_engine.abort_request(left)
-            raise
+        with shared.inside():
+            try:
+                yield
+            except BaseException:
+                self._has_states = True
+                if left := shared.take_added():
+                    self._llm.llm_engine.abort_request(left)
+                raise
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Around what calls do one at a time, and what `busy` is not around."""
+        return nullcontext() if self.shared is None else self.shared.inside()
 
     @contextmanager
     def share(self) -> Iterator[SharedEngine]:

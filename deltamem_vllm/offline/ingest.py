@@ -178,7 +178,7 @@ class Ingests:
         self._find_reports([job for job in jobs if job.name])
         left = [job for job in jobs if job.report is None]
         for job in left:
-            with about(job.subject):
+            with about(job.subject), self._service.engine.alone():
                 self._prepare(job)
         self._find_positions([job for job in left if job.name])
         self._write(left, use_tqdm)

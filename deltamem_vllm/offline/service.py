@@ -133,8 +133,7 @@ class OfflineService:
         if (shared := self.engine.shared) is not None:
             with shared.call():
                 if self._is_time_to_sweep():
-                    with shared.aside():
-                        self._sweep()
+                    self._sweep()
                 sessions = CallSessions(self.store, self._keeper, self._threads, shared)
                 try:
                     yield sessions

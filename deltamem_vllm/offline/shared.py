@@ -1,9 +1,10 @@
 """Calls of several threads on one engine: each as it would be alone, and together in one batch.
 
-The thread that holds the engine steps it; other threads make calls. Of all these threads one at a
-time runs, under a lock that it lets go of while it waits: for its requests, for their final states,
-for the store. The engine steps when all calls wait, so that a conversation's next turn joins the
-batch in the step after its last one's commit, whatever the other conversations do.
+The thread that holds the engine steps it; other threads make calls. What these do with the engine
+and its tokenizer they do one at a time, `inside`, under a lock that a call lets go of while it
+waits for its requests or their final states. The engine steps when no call is inside or about to
+be, so that a conversation's next turn joins the batch in the step after its last one's commit,
+whatever the other conversations do. Sessions are loaded and committed outside, while it steps.
 """
 
 import threading
@@ -49,7 +50,10 @@ class SharedEngine:
         self._llm = llm
         self._owner = threading.get_ident()
         self._lock = threading.Lock()
-        """Held by the one thread that runs."""
+        """Held by the one call that is inside, or by the engine's step."""
+
+        self._inside: int | None = None
+        """The thread of the call that is inside."""
 
         self._news = threading.Condition()
         """Guards what follows."""
@@ -107,7 +111,7 @@ class SharedEngine:
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Around a call.
+        """Around a call, which is not inside yet.
 
         Raises:
             MemoryRequestError: in the thread that steps the engine, which would wait for itself.
@@ -117,20 +121,34 @@ class SharedEngine:
             raise MemoryRequestError(
                 "the thread that steps a shared engine cannot make calls of its own."
             )
+        self.check()
+        try:
+            yield
+        finally:
+            self.wake()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Around what a call does with the engine, or with what belongs to it.
+
+        Raises:
+            BrokenOffError: the engine was stopped.
+        """
         self._arrive()
         try:
             self.check()
             yield
         finally:
             self._added.pop(threading.get_ident(), None)
-            self._lock.release()
-            self.wake()
+            self._leave()
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Let others run while this call waits for something that is not the engine."""
-        self._lock.release()
-        self.wake()
+        """Around what is not the engine's, such as the store: a call that is inside is not."""
+        if self._inside != threading.get_ident():
+            yield
+            return
+        self._leave()
         try:
             yield
         finally:
@@ -194,15 +212,19 @@ class SharedEngine:
     def _take_lock(self) -> None:
         """Go on with a call that is due."""
         self._lock.acquire()
+        self._inside = threading.get_ident()
         with self._news:
             self._num_due -= 1
-            self._news.notify_all()
+
+    def _leave(self) -> None:
+        self._inside = None
+        self._lock.release()
+        self.wake()
 
     def _wait(self, waiter: _Waiter) -> None:
         with self._news:
             self._has_work = True
-            self._news.notify_all()
-        self._lock.release()
+        self._leave()
         waiter.is_awake.wait()
         self._take_lock()
         if waiter.error is not None:
@@ -217,9 +239,14 @@ class SharedEngine:
         self._news.notify_all()
 
     def _advance(self) -> None:
-        """Hand over the states that have arrived; step; hand over the outputs that have."""
+        """Hand over states that have arrived; if none have, step, and hand over outputs."""
         engine = self._llm.llm_engine
-        ready = self._collected()
+        if ready := self._collected():
+            # Before the next step, during which what they write is committed.
+            with self._news:
+                self._wake_up(ready)
+                self._has_work = bool(self._requests or self._for_states)
+            return
         if engine.has_unfinished_requests():
             outputs = engine.step()
         elif self._for_states and isinstance(engine.engine_core, InprocClient):

@@ -130,7 +130,8 @@ class Turns:
         for turn, reply in zip(named.values(), replies, strict=True):
             turn.request_hash = turn.hash([self._is_chat, self._asked])
             if reply is not None:
-                request_id = str(next(self._service.llm.request_counter))
+                with self._service.engine.alone():
+                    request_id = str(next(self._service.llm.request_counter))
                 assert turn.key is not None and turn.memory is not None
                 with about(f"turn {turn.memory.turn!r} of session {turn.key.name!r}"):
                     turn.output = replay(reply, turn.request_hash, request_id)

@@ -12,16 +12,17 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from deltamem_vllm.batch.job import BatchSpec, Rest, progress
 from deltamem_vllm.batch.output import Output
 from deltamem_vllm.batch.report import Report, Tally
-from deltamem_vllm.batch.rows import Placed, Result, Row
+from deltamem_vllm.batch.rows import Placed, Result, Row, describe
 from deltamem_vllm.batch.source import Source, placed_rows
-from deltamem_vllm.errors import BatchError, DeltaMemError
+from deltamem_vllm.errors import BatchError
 
 try:
     import ray
@@ -77,7 +78,7 @@ class MemoryBatch:
         from deltamem_vllm.batch.runner import Runner
 
         llm = spec.start()
-        self._runner = Runner(llm, Conversations(llm, job, spec.sampling), spec.in_flight)
+        self.runner = Runner(llm, Conversations(llm, job, spec.sampling), spec.in_flight)
 
     def __call__(self, table: Any) -> dict[str, list[Any]]:
         contents = (
@@ -86,7 +87,7 @@ class MemoryBatch:
         )
         named = [(f"row {number}", content) for number, content in enumerate(contents)]
         found: dict[str, Result] = {}
-        self._runner.run(
+        self.runner.run(
             placed_rows(named),
             lambda results: found.update((result.row, result) for result in results),
         )
@@ -102,20 +103,31 @@ class MemoryBatch:
         }
 
 
-class _Bundles(MemoryBatch):
-    """The actors of `run`: what comes in is a bundle of sessions, what goes out is their number."""
+class _Bundles:
+    """The actors of `run`: what comes in is a bundle of sessions, what goes out is their number.
+
+    The engine starts with the first bundle: Ray repeats a constructor's error over and over. What
+    went wrong is told to the writer: on its way through Ray Data it gets lost.
+    """
 
     def __init__(self, spec: BatchSpec, job: str, settings: dict[str, str], writer: Any) -> None:
-        super().__init__(spec, job, settings)
+        self._make = partial(MemoryBatch, spec, job, settings)
+        self._engine: MemoryBatch | None = None
         self._writer = writer
         self._has_store = spec.store is not None
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
-        rows = [
-            Placed(where, Row.model_validate_json(row))
-            for bundle in batch["bundle"]
-            for where, row in json.loads(bundle)
-        ]
+        (bundle,) = batch["bundle"]
+        try:
+            return self._run(bundle)
+        except Exception as error:
+            ray.get(self._writer.fail.remote(describe(error)))
+            raise
+
+    def _run(self, bundle: str) -> dict[str, list[Any]]:
+        ray.get(self._writer.try_bundle.remote(bundle))
+        rows = [Placed(where, Row.model_validate_json(row)) for where, row in json.loads(bundle)]
+        self._engine = self._engine or self._make()
         # More than none only if another actor died over this bundle.
         finished = set(ray.get(self._writer.finished_of.remote([placed.key for placed in rows])))
 
@@ -123,7 +135,7 @@ class _Bundles(MemoryBatch):
             lines = [result.model_dump_json() for result in results]
             ray.get(self._writer.write.remote(lines))
 
-        self._runner.run(Rest(rows, finished, self._has_store), keep)
+        self._engine.runner.run(Rest(rows, finished, self._has_store), keep)
         return {"rows": [len(rows)]}
 
 
@@ -136,6 +148,8 @@ class _Writer:
         self._tally = Tally()
         self._num_new = 0
         self._is_running = False
+        self._tries: dict[str, int] = {}
+        self._failure: str | None = None
 
     def begin(self) -> tuple[str, set[str]]:
         """The job's name, and keys of rows that are finished.
@@ -149,6 +163,7 @@ class _Writer:
         """Those of rows that are finished. Asked by an engine that is ready to run the others."""
         if not self._is_running:
             self._is_running = True
+            self._output.begin()
             self._tally.start()
         return [key for key in keys if key in self._output.finished]
 
@@ -161,15 +176,32 @@ class _Writer:
     def num_new(self) -> int:
         return self._num_new
 
+    def try_bundle(self, bundle: str) -> None:
+        """Count how often a bundle is begun: Ray begins it anew whenever its actor died.
+
+        Raises:
+            BatchError: it was too often.
+        """
+        self._tries[bundle] = self._tries.get(bundle, 0) + 1
+        if self._tries[bundle] > 1 + RETRIES:
+            rows = [where for where, _ in json.loads(bundle)]
+            raise BatchError(
+                f"{1 + RETRIES} engines died over the same {len(rows)} rows, {rows[0]} to "
+                f"{rows[-1]}. The messages of Ray's workers may say why: too little memory, mostly."
+            )
+
+    def fail(self, reason: str) -> None:
+        """Note what ended the run."""
+        self._failure = self._failure or reason
+
+    def failure(self) -> str | None:
+        return self._failure
+
     def end(self, rows_before: int) -> Report:
         """Write the report."""
         report = self._tally.report(rows_before)
         self._output.write_report(report)
         return report
-
-
-def _retries() -> dict[str, int]:
-    return {"max_restarts": RETRIES, "max_task_retries": RETRIES}
 
 
 def actors(concurrency: int, spec: BatchSpec, cpus: float | None = None) -> dict[str, Any]:
@@ -207,7 +239,6 @@ def actors(concurrency: int, spec: BatchSpec, cpus: float | None = None) -> dict
         "num_cpus": cpus,
         "num_gpus": gpus,
         "runtime_env": {"env_vars": variables},
-        "ray_remote_args_fn": _retries,
     }
 
 
@@ -242,7 +273,7 @@ def run(
             .options(num_cpus=0, scheduling_strategy=_here())
             .remote(output.absolute(), spec.settings)
         )
-        with _own_errors():
+        with _own_errors(writer):
             job, finished = ray.get(writer.begin.remote())
             rest = Rest(rows, finished, spec.store is not None)
             with progress(rest) as bar:
@@ -262,8 +293,6 @@ def _run(
 ) -> None:
     problems: list[str] = []
     bundles = _bundles(rest, concurrency * BUNDLES_PER_ENGINE, problems)
-    if problems:
-        ray.get(writer.write.remote(problems))
     if bundles:
         settings = {
             name: value for name, value in os.environ.items() if name.startswith(SETTINGS_PREFIX)
@@ -271,7 +300,7 @@ def _run(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         # What it plans and does is of no use to whoever waits for rows.
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
         items = ray.data.from_items(bundles, override_num_blocks=len(bundles))
         counts = items.map_batches(
             _Bundles,
@@ -282,6 +311,9 @@ def _run(
         with _shown(writer, bar):
             for _ in counts.iter_rows():
                 pass
+    if problems:
+        # Not before: a run whose engines could not start keeps nothing.
+        ray.get(writer.write.remote(problems))
     bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
 
 
@@ -336,20 +368,17 @@ def _here() -> Any:
 
 
 @contextmanager
-def _own_errors() -> Iterator[None]:
+def _own_errors(writer: Any) -> Iterator[None]:
     """Errors of actors, as our own, without the way that they came."""
     try:
         yield
     except ray.exceptions.RayError as error:
-        causes: list[BaseException] = [error]
-        while isinstance(inner := _cause(causes[-1]), BaseException) and inner not in causes:
-            causes.append(inner)
-        own = [cause for cause in causes if isinstance(cause, DeltaMemError)]
-        raise BatchError(str((own or causes[-1:])[0])) from error
-
-
-def _cause(error: BaseException) -> Any:
-    return getattr(error, "cause", None) or error.__cause__
+        reason = None
+        with suppress(ray.exceptions.RayError):
+            reason = ray.get(writer.failure.remote())
+        if isinstance(error, ray.exceptions.RayTaskError):
+            reason = reason or str(error.cause)
+        raise BatchError(reason or str(error) or type(error).__name__) from error
 
 
 @contextmanager
@@ -358,8 +387,10 @@ def _shown(writer: Any, bar: Any) -> Iterator[None]:
     is_over = threading.Event()
 
     def show() -> None:
-        while not is_over.wait(POLL_S):
-            bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
+        # Of a writer that was killed the run's own error tells.
+        with suppress(ray.exceptions.RayError):
+            while not is_over.wait(POLL_S):
+                bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
 
     thread = threading.Thread(target=show, name="deltamem-progress", daemon=True)
     thread.start()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,11 @@ from deltamem_vllm.sessions import open_store
 from tests.batch.rows import ADAPTER, ENGINE_ARGS, mixed_rows, names, plain, spec_of, write_jsonl
 from tests.batch.test_batch_runs import states
 from tests.helpers import assert_states_close
+from tests.sessions.servers import RedisProcess
 
 COMMAND = "import sys; from deltamem_vllm.cli import main; sys.argv[0] = 'deltamem'; main()"
 
-SESSIONS = 40
+SESSIONS = 32
 
 
 def start(arguments: Sequence[str | Path], log: Path) -> subprocess.Popen[bytes]:
@@ -41,16 +42,30 @@ def num_lines(folder: Path) -> int:
     return sum(part.read_bytes().count(b"\n") for part in folder.glob("part-*.jsonl"))
 
 
-@pytest.mark.timeout(600)
+@pytest.fixture(params=["sqlite", "redis"])
+def killed_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite://{tmp_path}/sessions.db"
+        return
+    (tmp_path / "redis").mkdir()
+    server = RedisProcess(tmp_path / "redis")
+    yield server.url()
+    server.stop()
+
+
+@pytest.mark.timeout(900)
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(
-    llm: MemoryLLM, checkpoint: Path, store: str, tmp_path: Path
+    llm: MemoryLLM,
+    checkpoint: Path,
+    store: str,
+    tmp_path: Path,
+    killed_store: str,
 ) -> None:
     rows = mixed_rows(SESSIONS)
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     job.run(path, tmp_path / "whole", spec_of(checkpoint, store), llm=llm)
     expected = states(llm, names(rows))
 
-    killed_store = f"sqlite://{tmp_path}/sessions.db"
     arguments: list[str | Path] = [path, tmp_path / "out", "--model", checkpoint]
     arguments += ["--adapter", ADAPTER, "--store", killed_store, "--in-flight", "8"]
     arguments += ["--sampling", '{"temperature": 0, "max_tokens": 12, "ignore_eos": true}']

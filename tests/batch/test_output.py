@@ -41,8 +41,10 @@ def test_half_a_line_is_cut_off_and_its_row_run_again(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
-    with Output(tmp_path / "out", {"model": "a"}), pytest.raises(BatchError, match="another run"):
-        Output(tmp_path / "out", {"model": "a"})
+    with Output(tmp_path / "out", {"model": "a"}) as output:
+        output.begin()
+        with pytest.raises(BatchError, match="another run"):
+            Output(tmp_path / "out", {"model": "a"})
     with pytest.raises(BatchError, match="model was 'a', is 'b'"):
         Output(tmp_path / "out", {"model": "b"})
     with Output(tmp_path / "out", {"model": "a"}):
@@ -55,3 +57,21 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out" / "part-00000.jsonl").write_text("{}\n")
     with pytest.raises(BatchError, match=r"part-00000\.jsonl:1"):
         Output(tmp_path / "out", {"model": "a"})
+
+
+def test_a_run_that_did_not_begin_binds_no_other(tmp_path: Path) -> None:
+    """As one whose model could not be found."""
+    with Output(tmp_path, {"model": "mistyped"}):
+        pass
+    with Output(tmp_path, {"model": "a"}) as output:
+        output.begin()
+        job = output.job
+    with Output(tmp_path, {"model": "a"}) as output:
+        assert output.job == job
+
+
+def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(BatchError, match=f"{folder}: cannot be written"):
+            Output(folder, {})

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -12,12 +13,13 @@ import pytest
 
 from deltamem_vllm.adapter import load_adapter
 from deltamem_vllm.batch.job import run as run_here
-from deltamem_vllm.batch.output import read_results
+from deltamem_vllm.batch.output import Output, read_results
 from deltamem_vllm.errors import BatchError
 from deltamem_vllm.sessions import PUBLIC_TENANT, open_store
 from deltamem_vllm.state.snapshot import StateShape
 from tests.batch.rows import ADAPTER, mixed_rows, names, plain, spec_of, write_jsonl
 from tests.helpers import DATA, assert_states_close, with_word_tokenizer
+from tests.sessions.servers import RedisProcess
 
 ray = pytest.importorskip("ray")
 pytest.importorskip("ray.data")
@@ -29,8 +31,14 @@ SESSIONS = 16
 def cluster() -> Iterator[None]:
     """Two engines find room on it, whatever this machine has."""
     # By default workers let every other program on the machine go first.
-    fast = {"worker_niceness": 0}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=fast)
+    config = {
+        "worker_niceness": 0,
+        # Else Ray kills its own when others take the machine's memory.
+        "memory_monitor_refresh_ms": 0,
+        "enable_worker_prestart": False,
+        "prestart_worker_first_driver": False,
+    }
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _system_config=config)
     yield
     ray.shutdown()
 
@@ -54,10 +62,57 @@ def kill_an_engine(folder: Path, least: int, killed: list[int]) -> None:
     killed.append(lines)
 
 
+@pytest.mark.timeout(300)
+def test_an_engine_on_ray_runs_rows_in_order(
+    cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    from deltamem_vllm.ray import batch
+
+    rows = [*mixed_rows(2), {"id": "bad", "prompt": ""}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    store = f"sqlite://{tmp_path}/sessions.db"
+    report = batch.run(path, tmp_path / "out", spec_of(checkpoint, store), concurrency=1)
+    assert (report.rows, report.failed, report.rows_before) == (len(rows), 1, 0)
+    results = {result.id: result for result in read_results(tmp_path / "out")}
+    assert "prompt: is empty" in (results.pop("bad").error or "")
+    assert all(result.error is None for result in results.values())
+    versions = [[0, 0, 0], [0, 0, 0]]
+    for number, seen in enumerate(versions):
+        ingested = results[f"0/{number}"].ingested
+        assert ingested is not None
+        last = [results[f"{step}/{number}"].replies[-1].memory or {} for step in (1, 3)]
+        seen[:] = [ingested["version"], *(memory["version"] for memory in last)]
+        read = results[f"2/{number}a"].replies[0].memory
+        assert read is not None and read["version"] == 3
+    assert versions == [[1, 3, 4]] * 2
+
+
+@pytest.mark.timeout(300)
+def test_a_run_on_ray_that_cannot_start_says_why_and_binds_nothing(
+    cluster: None, checkpoint: Path, tmp_path: Path
+) -> None:
+    from deltamem_vllm.ray import batch
+
+    path = write_jsonl(tmp_path / "rows.jsonl", [*mixed_rows(1), {"id": "bad"}])
+    spec = replace(spec_of(checkpoint, None), adapter="no-such/adapter")
+    with pytest.raises(BatchError, match=r"^'no-such/adapter': no such folder"):
+        batch.run(path, tmp_path / "out", spec, concurrency=1)
+    with Output(tmp_path / "out", {"model": "what was meant"}) as output:
+        assert not output.finished
+    with pytest.raises(BatchError, match="cannot be written"):
+        batch.run(path, path, spec_of(checkpoint, None), concurrency=1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", ["sqlite", "redis"])
 def test_two_engines_do_what_one_does(
-    cluster: None, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: None,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    kind: str,
 ) -> None:
     """Also if one of them is killed."""
     from deltamem_vllm.ray import batch
@@ -65,6 +120,11 @@ def test_two_engines_do_what_one_does(
     rows = [*mixed_rows(SESSIONS), {"id": "bad", "prompt": ""}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     shared = f"sqlite://{tmp_path}/shared.db"
+    if kind == "redis":
+        (tmp_path / "redis").mkdir()
+        server = RedisProcess(tmp_path / "redis")
+        request.addfinalizer(server.stop)
+        shared = server.url()
     spec = spec_of(checkpoint, shared)
     monkeypatch.setenv("DELTAMEM_LEASE_SECONDS", "3")
     killed: list[int] = []
