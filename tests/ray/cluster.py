@@ -25,6 +25,9 @@ SETTINGS = {
     # Else it leaves a token in the user's home.
     "RAY_AUTH_MODE": "disabled",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
+    # Proxies of a busy machine are slow, and are not to be started again for that.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
@@ -39,7 +42,14 @@ def serving(environment: Mapping[str, str] | None = None, cpus: int = 8) -> Iter
     # Unix sockets lie in there, whose paths must be short.
     with TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         try:
-            ray.init(num_cpus=cpus, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+            # "local": else Ray joins whatever cluster it finds on this machine.
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                _temp_dir=folder,
+                log_to_driver=False,
+            )
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:

@@ -10,6 +10,6 @@ from tests.engine import engine_run
 if __name__ == "__main__":
     # Unix sockets lie in there, whose paths must be short.
     with TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
-        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, _temp_dir=folder)
+        ray.init("local", num_cpus=2, num_gpus=2, include_dashboard=False, _temp_dir=folder)
         engine_run.main(*sys.argv[1:])
         ray.shutdown()
