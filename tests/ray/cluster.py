@@ -33,6 +33,21 @@ SETTINGS = {
 }
 
 
+def start_ray(folder: str, **settings: object) -> None:
+    """A cluster of its own, whatever runs on this machine; its files lie in a folder.
+
+    Ray gives its processes 30 seconds, which a busy machine may need for other things.
+    """
+    for is_last in (False, False, True):
+        try:
+            ray.init("local", include_dashboard=False, _temp_dir=folder, **settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if is_last or "timed out during startup" not in str(error):
+                raise
+
+
 @contextmanager
 def serving(environment: Mapping[str, str] | None = None, cpus: int = 8) -> Iterator[str]:
     """Serve on a cluster of its own; its URL. `cpus` are what Ray is told, not what there is."""
@@ -42,14 +57,7 @@ def serving(environment: Mapping[str, str] | None = None, cpus: int = 8) -> Iter
     # Unix sockets lie in there, whose paths must be short.
     with TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         try:
-            # "local": else Ray joins whatever cluster it finds on this machine.
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                _temp_dir=folder,
-                log_to_driver=False,
-            )
+            start_ray(folder, num_cpus=cpus, log_to_driver=False)
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:
