@@ -72,6 +72,9 @@ RAY = {
     # Else Ray kills its own processes when others take the machine's memory.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_AUTH_MODE": "disabled",
+    # Proxies of a busy machine are slow, and are not to be started again for that.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
     "OMP_NUM_THREADS": "1",
 }
@@ -99,6 +102,7 @@ class Cluster:
             self.redis = start_redis(self.folder / "redis", self.redis_port)
         self.metrics_port = free_port()
         ray.init(
+            address="local",
             num_cpus=2 * REPLICAS,
             include_dashboard=False,
             log_to_driver=False,

@@ -29,6 +29,8 @@ class CorrectionWatch:
     ) -> None:
         self._call = call
         self._gauge = metrics.CORRECTION_RATIO.labels(head or "none")
+        # Where metrics are kept in files, a gauge like this is not shown before it is set.
+        self._gauge.set(0.0)
 
     async def run(self) -> None:
         """Until it is cancelled, or the workers cannot be asked any more."""

@@ -3,6 +3,8 @@
 serve run deltamem_vllm.ray.app:build model=MODEL adapter=ADAPTER store=URL num_replicas=2
 """
 
+import os
+from pathlib import Path
 from typing import Any, Final
 
 import ray
@@ -33,8 +35,10 @@ def build(arguments: ServeArguments) -> serve.Application:
 
     Raises:
         SettingsError: the arguments cannot be served together.
+        DeltaMemError: model, adapter or flags cannot be served, as far as that is known here.
     """
     _check_machines(arguments)
+    _check_files(arguments)
     values = arguments.model_dump(mode="json")
     replica = serve.ingress()(MemoryReplica)
     deployment = serve.deployment(replica, name=DEPLOYMENT)
@@ -88,6 +92,19 @@ def _resources(arguments: ServeArguments, given: dict[str, Any]) -> dict[str, An
     if arguments.gpus and not arguments.uses_ray_executor:
         actor.setdefault("num_gpus", arguments.gpus)
     return {"ray_actor_options": actor}
+
+
+def _check_files(arguments: ServeArguments) -> None:
+    """Say at once, and once, what all replicas would say three times each.
+
+    Only of folders, and where replicas have no other machine to find them on.
+    """
+    named = [arguments.model, *filter(None, [arguments.adapter])]
+    others = bool(os.environ.get("RAY_ADDRESS"))
+    if ray.is_initialized():
+        others = len([node for node in ray.nodes() if node["Alive"]]) > 1
+    if not others and all(Path(name).expanduser().is_absolute() for name in named):
+        arguments.launch({**os.environ, **arguments.environment})
 
 
 def _check_machines(arguments: ServeArguments) -> None:

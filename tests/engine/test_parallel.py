@@ -67,7 +67,7 @@ def run_engine(
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1000,
         check=False,
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-8000:]

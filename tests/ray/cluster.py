@@ -25,9 +25,27 @@ SETTINGS = {
     # Else it leaves a token in the user's home.
     "RAY_AUTH_MODE": "disabled",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deltamem_vllm.ray.affinity.proxy_middlewares",
+    # Proxies of a busy machine are slow, and are not to be started again for that.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "120",
     "OMP_NUM_THREADS": "1",
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
+
+
+def start_ray(folder: str, **settings: object) -> None:
+    """A cluster of its own, whatever runs on this machine; its files lie in a folder.
+
+    Ray gives its processes 30 seconds, which a busy machine may need for other things.
+    """
+    for is_last in (False, False, True):
+        try:
+            ray.init("local", include_dashboard=False, _temp_dir=folder, **settings)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if is_last or "timed out during startup" not in str(error):
+                raise
 
 
 @contextmanager
@@ -39,7 +57,7 @@ def serving(environment: Mapping[str, str] | None = None, cpus: int = 8) -> Iter
     # Unix sockets lie in there, whose paths must be short.
     with TemporaryDirectory(prefix="ray", dir="/tmp") as folder:
         try:
-            ray.init(num_cpus=cpus, include_dashboard=False, _temp_dir=folder, log_to_driver=False)
+            start_ray(folder, num_cpus=cpus, log_to_driver=False)
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             yield f"http://127.0.0.1:{port}"
         finally:

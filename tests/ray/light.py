@@ -1,9 +1,15 @@
-"""Replicas without an engine: they say who they are, wait as told, and count in a real store."""
+"""Replicas without an engine: they say who they are, wait as told, and count in a real store.
+
+What a test needs to be running at once waits at a gate: a folder with a file per request that came,
+and another one that lets them all go.
+"""
 
 import asyncio
 import os
 import time
+import uuid
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Final
 
 from fastapi import FastAPI, Request
@@ -22,6 +28,7 @@ from deltamem_vllm.sessions import (
 )
 
 LEASE_S: Final = 1.0
+OPEN: Final = "open"
 FINGERPRINT: Final = "0123456789abcdef"
 
 app = FastAPI()
@@ -36,10 +43,14 @@ class LightReplica:
 
     @app.post("/v1/chat/completions")
     async def chat(self, request: Request) -> dict[str, Any]:
-        """Wait `seconds`, then say which process this is and how long the body was."""
+        """Wait at the body's `gate`, then say which process this is and how long the body was."""
         raw = await request.body()
         body = await request.json()
-        await asyncio.sleep(body.get("seconds", 0))
+        if "gate" in body:
+            gate = Path(body["gate"])
+            (gate / str(uuid.uuid4())).touch()
+            while not (gate / OPEN).exists():
+                await asyncio.sleep(0.02)
         return {"pid": os.getpid(), "bytes": len(raw)}
 
     @app.post("/v1/memory/sessions/{session:path}")
@@ -90,6 +101,7 @@ def light_app(
         num_replicas=replicas,
         max_ongoing_requests=max_ongoing,
         health_check_period_s=1.0,
+        health_check_timeout_s=300,
         request_router_config=config,
         ray_actor_options={"num_cpus": 0.1},
     )

@@ -1,11 +1,13 @@
 """Arguments of the Serve app: what contradicts itself is refused by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deltamem_vllm.errors import SettingsError
-from deltamem_vllm.ray.app import DEFAULTS, options
+from deltamem_vllm.demo.assets import adapter_dir, model_dir
+from deltamem_vllm.errors import AdapterError, BackboneError, EngineConfigError, SettingsError
+from deltamem_vllm.ray.app import DEFAULTS, build, options
 from deltamem_vllm.ray.arguments import ServeArguments
 
 REDIS = "redis://host:6379/0"
@@ -131,3 +133,21 @@ def test_gpus_are_asked_for_where_the_workers_run(executor: list[str]) -> None:
     else:
         assert found["ray_actor_options"]["num_gpus"] == 4
         assert "placement_group_bundles" not in found
+
+
+def test_folders_are_looked_at_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is but one machine; others may have what this one has not."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    missing = str(tmp_path / "missing")
+    model, adapter = str(model_dir()), str(adapter_dir("msw"))
+    assert build(arguments(model=model, adapter=adapter))
+    with pytest.raises(BackboneError, match="missing"):
+        build(arguments(model=missing, adapter=adapter))
+    with pytest.raises(AdapterError, match="missing"):
+        build(arguments(model=model, adapter=missing))
+    with pytest.raises(EngineConfigError, match="kv-transfer-config"):
+        build(arguments(model=model, adapter=adapter, flags=["--kv-transfer-config", "{"]))
+    monkeypatch.setenv("RAY_ADDRESS", "ray.example.com:6379")
+    assert build(arguments(model=missing, adapter=adapter))

@@ -21,8 +21,7 @@ def environment() -> dict[str, str]:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     ("case", "arguments"),
     [
@@ -33,6 +32,7 @@ def environment() -> dict[str, str]:
             "qwen3_scaled",
             {"pipeline_parallel_size": 2},
             id="pipeline parallel, compiled",
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -17,7 +17,7 @@ from deltamem_vllm.serve import split_flags
 
 SERVING = Path(__file__).parents[2] / "serving"
 COMPOSE = SERVING / "compose" / "compose.yaml"
-METRIC = re.compile(r"\b(?:deltamem|vllm):[a-z_]+")
+METRIC = re.compile(r"\b(?:deltamem|vllm):[a-z0-9_]+")
 DOCUMENTED = re.compile(r"^\| `(deltamem:[a-z_]+)` \| (\w+) \|", re.MULTILINE)
 
 
