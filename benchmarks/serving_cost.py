@@ -79,6 +79,9 @@ ROOM = 256
 class Plan:
     """What is run."""
 
+    backbone: str
+    """What it is, for a reader."""
+
     model: str
     adapter: str
     dtype: str
@@ -259,7 +262,8 @@ async def run(
     samples: list[dict[str, Any]] = []
     capacities: list[Capacity] = []
     make = Maker(plan)
-    described = environment(**plan.__dict__, window=WINDOW, probe_blocks=probe_blocks)
+    settings = {k: v for k, v in plan.__dict__.items() if k not in ("model", "adapter")}
+    described = environment(**settings, window=WINDOW, probe_blocks=probe_blocks)
 
     def keep() -> None:
         if json:
@@ -341,8 +345,10 @@ def main() -> None:
             backbones.make_adapter(scratch / "adapter", model)
         prefixes = (0, given.prefix) if given.prefix else (0,)
         plan = Plan(
-            model, adapter, dtype, given.history, given.concurrency, prefixes, given.rounds,
-            given.output, given.threads, 32, given.kv_gib,
+            backbone=description, model=model, adapter=adapter, dtype=dtype,
+            histories=given.history, concurrency=given.concurrency, prefixes=prefixes,
+            rounds=given.rounds, output_tokens=given.output, threads=given.threads,
+            block_size=32, kv_gib=given.kv_gib,
         )  # fmt: skip
         limit = backbones.base_config(model)["max_position_embeddings"]
         if plan.max_model_len > limit:

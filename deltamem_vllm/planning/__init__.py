@@ -6,7 +6,7 @@ with both. Times are a model of two numbers, what a machine computes and what it
 """
 
 from deltamem_vllm.planning.machine import GPUS, Gpu, Machine
-from deltamem_vllm.planning.plan import Plan, Way, make_plan
+from deltamem_vllm.planning.plan import Plan, Way, WayName, make_plan
 from deltamem_vllm.planning.sizes import (
     Backbone,
     BlockBytes,
@@ -26,6 +26,7 @@ __all__ = [
     "MemoryShape",
     "Plan",
     "Way",
+    "WayName",
     "Workload",
     "block_bytes",
     "make_plan",

@@ -117,9 +117,9 @@ def test_the_plot_of_costs_is_written(tmp_path: Path) -> None:
 def test_a_cell_is_measured_on_a_real_server(tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
     plan = Plan(
-        model=str(model_dir()), adapter=str(adapter_dir("tsw")), dtype="float32",
-        histories=(300, 400), concurrency=(2,), prefixes=(0,), rounds=1, output_tokens=4,
-        threads=1, block_size=32, kv_gib=1,
+        backbone="demo model", model=str(model_dir()), adapter=str(adapter_dir("tsw")),
+        dtype="float32", histories=(300, 400), concurrency=(2,), prefixes=(0,), rounds=1,
+        output_tokens=4, threads=1, block_size=32, kv_gib=1,
     )  # fmt: skip
 
     async def measured() -> list[dict[str, Any]]:
