@@ -122,6 +122,8 @@ def server(plan: Plan, scratch: Path, name: str, *flags: str) -> Iterator[tuple[
     settings += ["--block-size", str(plan.block_size), *flags]
     variables = {
         "OMP_NUM_THREADS": str(plan.threads),
+        # Bound, it would take all cores, and spin while others use them.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_CPU_KVCACHE_SPACE": str(plan.kv_gib),
         "DELTAMEM_MAX_WAIT_SECONDS": "1800",
     }
