@@ -65,9 +65,13 @@ class Conversation:
         """What stands before the conversation."""
         return [] if self.system is None else [self.system]
 
+    def said(self) -> list[Message]:
+        """Everything said so far."""
+        return [*self.standing, *self._flat(self.exchanges)]
+
     def full(self) -> list[Message]:
         """Everything said so far, and the next user message."""
-        return [*self.standing, *self._flat(self.exchanges), self.coming[0]]
+        return [*self.said(), self.coming[0]]
 
     def window(self, exchanges: int) -> list[Message]:
         """The last `exchanges` exchanges and the next user message."""

@@ -56,8 +56,8 @@ from benchmarks.replay import (
 )
 from benchmarks.serving import free_port, start_server, wait_until_healthy
 from benchmarks.serving_cost_results import Capacity, plot, show, summarise
-from deltamem_vllm.adapter import BackboneShape
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
+from deltamem_vllm.planning import read_backbone
 
 DEMO = "demo"
 NAME = "served"
@@ -181,32 +181,33 @@ async def measure_cell(served: Served, plan: Plan, make: Maker, cell: Cell) -> l
                 "peak_blocks": found.peak_blocks,
             }
             samples.append(sample)
-    for sample in samples:
-        kept = [one.text_bytes() for one in clients[sample["condition"]]]
-        sample["text_bytes"] = sum(kept) / len(kept)
     for condition, ones in clients.items():
-        sizes: list[float] = []
-        if condition == "memory":
-            sizes = [await state_bytes(served, one) for one in ones]
-        elif condition == "retrieval":
-            sizes = [one.index.nbytes() for one in ones if one.index is not None]
-        elif condition == "full_warm":
-            per_block = plan_block_bytes(plan)
-            last = samples[-1]
-            blocks = math.ceil(max(last["prompt_tokens"]) / served.block_size)
-            sizes = [blocks * per_block]
-        if sizes:
-            for sample in samples:
-                if sample["condition"] == condition:
-                    sample["rest_bytes"] = sum(sizes) / len(sizes)
+        kept = await at_rest(served, plan, condition, ones)
+        for sample in samples:
+            if sample["condition"] == condition:
+                sample |= kept
     return samples
 
 
-def plan_block_bytes(plan: Plan) -> int:
-    """Bytes of a KV cache block's keys and values, all layers."""
-    shape = BackboneShape.from_config_dict(backbones.base_config(plan.model))
-    size = {"float32": 4, "bfloat16": 2}[plan.dtype]
-    return shape.num_layers * 2 * shape.kv_size * size * plan.block_size
+async def at_rest(
+    served: Served, plan: Plan, condition: Condition, ones: list[Conversation]
+) -> dict[str, float | None]:
+    """Bytes of a conversation between turns: its text, and what the next turn needs beside it."""
+    sizes: list[int] = []
+    if condition == "memory":
+        sizes = [await state_bytes(served, one) for one in ones]
+    elif condition == "retrieval":
+        sizes = [one.index.nbytes() for one in ones if one.index is not None]
+    elif condition == "full_warm":
+        count = token_counter(plan.model)
+        backbone = read_backbone(plan.model, plan.dtype)
+        tokens = [count(one.said()) // served.block_size * served.block_size for one in ones]
+        sizes = [size * backbone.kv_bytes_per_token for size in tokens]
+    texts = [one.text_bytes() for one in ones]
+    return {
+        "text_bytes": sum(texts) / len(texts),
+        "rest_bytes": sum(sizes) / len(sizes) if sizes else None,
+    }
 
 
 async def largest(fits: Callable[[int], Awaitable[bool]], guess: int) -> int:
