@@ -12,7 +12,6 @@ How to read it: an error is plan over measurement, minus 1. Times of turns that 
 hold much that is not in a plan (HTTP, scheduling, rendering), most of all on a small model.
 """
 
-import json
 import math
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ if not __package__:  # started as a file, not with `python -m`
 from benchmarks import backbones
 from benchmarks.common import console, environment, parser, write_json
 from benchmarks.serving_cost import DEMO, PROBE_OUTPUT
-from benchmarks.serving_cost_results import Figures, figures
+from benchmarks.serving_cost_results import Capacity, Figures, figures, read_result
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.demo.assets import model_dir
 from deltamem_vllm.planning import (
@@ -67,7 +66,7 @@ class Measured(NamedTuple):
     found: dict[tuple[str, int], Figures]
     """By condition and history."""
 
-    capacities: list[dict[str, Any]]
+    capacities: list[Capacity]
 
     @property
     def histories(self) -> list[int]:
@@ -77,13 +76,11 @@ class Measured(NamedTuple):
 
 def read(file: Path) -> Measured:
     """Read a result."""
-    content = json.loads(file.read_text())
-    samples = [one for one in content["samples"] if "round" in one]
-    capacities = [one for one in content["samples"] if "round" not in one]
+    settings, samples, capacities = read_result(file)
     found = figures(samples)
     alone = min(key[2] for key in found)
     chosen = {key[:2]: one for key, one in found.items() if key[2:] == (alone, 0)}
-    return Measured(content["environment"]["settings"], chosen, capacities)
+    return Measured(settings, chosen, capacities)
 
 
 def planned(
@@ -105,7 +102,7 @@ def planned(
 
 
 def machine_of(measured: Measured, backbone: Backbone, memory: MemoryShape) -> Machine:
-    """The machine's two numbers, from the shortest history; its KV cache is the first server's."""
+    """The machine's two numbers, from the shortest history; its KV cache is the sweep's."""
     block_size = int(measured.settings["block_size"])
     block = block_bytes(backbone, memory, block_size, gpus=1)
     blocks = max(int(measured.settings["kv_gib"]) * 2**30 // block.total, 2)
@@ -144,10 +141,12 @@ def lines(
         if kept:
             versions = round(kept / memory.state_bytes)
             yield Line("states kept, bytes", "memory", history, versions * memory.state_bytes, kept)
-    for one in measured.capacities:
-        blocks = math.ceil((one["prompt_tokens"] + PROBE_OUTPUT) / block_size)
-        at_once = (one["blocks"] - 1) // blocks
-        yield Line("turns at once", one["condition"], one["history"], at_once, one["conversations"])
+    for capacity in measured.capacities:
+        blocks = math.ceil((capacity.prompt_tokens + PROBE_OUTPUT) / block_size)
+        at_once = (capacity.blocks - 1) // blocks
+        yield Line(
+            "turns at once", capacity.condition, capacity.history, at_once, capacity.conversations
+        )
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ conditions, which `benchmarks.replay` names, in turns: full history with an empt
 prefix cache, a window of the last exchanges, a window and what BM25 retrieves, a window and a
 memory. The first turn of each conversation only brings its history in, and is not counted.
 
-Before that a server with a small KV cache tells how many conversations can be in a turn at once
+After that a server with a small KV cache tells how many conversations can be in a turn at once
 before the engine preempts one, with the longest full history and with the memory. A turn with
 memory holds its window whatever the history is, so its histories there are short.
 
@@ -31,7 +31,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +55,7 @@ from benchmarks.replay import (
     state_bytes,
 )
 from benchmarks.serving import free_port, start_server, wait_until_healthy
-from benchmarks.serving_cost_results import Capacity, plot, show, summarise
+from benchmarks.serving_cost_results import Capacity, plot, read_result, show, summarise
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 from deltamem_vllm.planning import read_backbone
 
@@ -261,7 +261,7 @@ async def capacity(served: Served, make: Maker, condition: Condition, history: i
 async def run(
     plan: Plan, probe_blocks: int, scratch: Path, json: Path | None
 ) -> tuple[list[dict[str, Any]], list[Capacity]]:
-    """Measure the capacities, then all cells; what was measured is written as it comes."""
+    """Measure all cells, then the capacities; what was measured is written as it comes."""
     samples: list[dict[str, Any]] = []
     capacities: list[Capacity] = []
     make = Maker(plan)
@@ -276,14 +276,9 @@ async def run(
     cells = [
         Cell(history, concurrency, prefix)
         for prefix in plan.prefixes
-        for history in plan.histories
         for concurrency in plan.concurrency
+        for history in plan.histories
     ]
-    flags = ("--num-gpu-blocks-override", str(probe_blocks))
-    with server(plan, scratch, "capacity", *flags) as (url, pid):
-        async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
-            for condition, history in (("full_warm", max(plan.histories)), ("memory", ROOM)):
-                capacities.append(await capacity(served, make, condition, history))
     with server(plan, scratch, "sweep") as (url, pid):
         async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
             # Code is loaded and compiled in the first turns.
@@ -291,6 +286,12 @@ async def run(
             for cell in cells:
                 progress.print(f"{cell}")
                 samples += await measure_cell(served, plan, make, cell)
+                keep()
+    flags = ("--num-gpu-blocks-override", str(probe_blocks))
+    with server(plan, scratch, "capacity", *flags) as (url, pid):
+        async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
+            for condition, history in (("full_warm", max(plan.histories)), ("memory", ROOM)):
+                capacities.append(await capacity(served, make, condition, history))
                 keep()
     return samples, capacities
 
@@ -309,12 +310,15 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--kv-gib", type=int, help="KV cache of the sweep; default 4, quick 1")
     options.add_argument(
         "--probe-conversations", type=int, default=2,
-        help="long conversations for which the first server's KV cache has room (%(default)s)",
+        help="long conversations for which the second server's KV cache has room (%(default)s)",
     )  # fmt: skip
     options.add_argument(
         "--price-per-hour", type=float, default=1.0, help="of the machine (%(default)s)"
     )
     options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG or SVG to FILE")
+    options.add_argument(
+        "--result", type=Path, metavar="JSON", help="show and plot an earlier result; run nothing"
+    )
     given = options.parse_args()
     given.model = given.model or (DEMO if given.quick else None)
     given.history = given.history or ((512, 1024) if given.quick else (1024, 2048, 4096, 7168))
@@ -330,6 +334,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    if given.result:
+        report(*read_result(given.result), given.price_per_hour, given.plot)
+        return
     with tempfile.TemporaryDirectory(prefix="deltamem-serving-cost-") as temporary:
         scratch = Path(temporary)
         if given.model == DEMO:
@@ -359,11 +366,22 @@ def main() -> None:
         long_turn = max(given.history) + QUESTION + PROBE_OUTPUT
         probe_blocks = given.probe_conversations * math.ceil(long_turn / plan.block_size)
         samples, capacities = asyncio.run(run(plan, probe_blocks, scratch, given.json))
-    summary = summarise(samples, capacities)
-    title = f"{description}, {dtype}, {given.threads} thread(s), replies of {given.output} tokens"
-    show(samples, capacities, summary, title, given.price_per_hour)
-    if given.plot:
-        plot(samples, title, given.price_per_hour, given.plot)
+    report(plan.__dict__, samples, capacities, given.price_per_hour, given.plot)
+
+
+def report(
+    settings: Mapping[str, Any],
+    samples: list[dict[str, Any]],
+    capacities: list[Capacity],
+    price_per_hour: float,
+    file: Path | None,
+) -> None:
+    """Print what was measured, and draw it if a file is given."""
+    title = "{backbone}, {dtype}, {threads} thread(s), replies of {output_tokens} tokens"
+    title = title.format(**settings)
+    show(samples, capacities, summarise(samples, capacities), title, price_per_hour)
+    if file:
+        plot(samples, title, price_per_hour, file)
 
 
 if __name__ == "__main__":

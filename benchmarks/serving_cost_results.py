@@ -1,10 +1,11 @@
 """From samples to figures, tables and plot of `benchmarks.serving_cost`."""
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from rich.table import Table
 
@@ -71,6 +72,31 @@ class Figures(NamedTuple):
 
 Key = tuple[str, int, int, int]
 """Condition, history, concurrency, prefix."""
+
+
+ROWS: Final[dict[str, Callable[[Figures], str]]] = {
+    "first token, ms": lambda one: f"{one.ttft_ms:,.0f}",
+    "each further token, ms": lambda one: f"{one.tpot_ms:,.1f}",
+    "turns a second": lambda one: f"{one.turns_per_s:.3g}",
+    "CPU of the server, s a turn": lambda one: f"{one.cpu_s:.2f}",
+    "prompt tokens": lambda one: f"{one.shown:,.0f}",
+    "of them computed": lambda one: f"{one.computed:,.0f}",
+    "KV cache blocks": lambda one: f"{one.blocks:,.1f}",
+    "preemptions": lambda one: f"{one.preemptions:.0f}",
+    "KiB at rest, beside the text": lambda one: (
+        "-" if one.rest_bytes is None else f"{one.rest_bytes / 1024:,.1f}"
+    ),
+    "KiB of text": lambda one: f"{one.text_bytes / 1024:,.1f}",
+}
+"""What a table says of a condition."""
+
+
+def read_result(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Capacity]]:
+    """Settings, samples and capacities of a result that was written before."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    samples = [one for one in content["samples"] if "round" in one]
+    capacities = [Capacity(**one) for one in content["samples"] if "round" not in one]
+    return content["environment"]["settings"], samples, capacities
 
 
 def figures(samples: Sequence[Sample]) -> dict[Key, Figures]:
@@ -153,28 +179,13 @@ def show(
         history, concurrency, prefix = cell
         said = f"history {history:,} tokens, {concurrency} at once"
         table = Table(title=f"{title}\n{said}" + (f", shared prefix {prefix:,}" if prefix else ""))
-        table.add_column("condition", no_wrap=True)
-        for column in (
-            "TTFT ms", "TPOT ms", "turns/s", "CPU s", "prompt", "computed", "blocks", "preempted",
-            "rest KiB", "text KiB", "1,000 turns",
-        ):  # fmt: skip
-            table.add_column(column, justify="right")
+        table.add_column("", no_wrap=True)
         for condition in CONDITIONS:
-            one = found[condition, *cell]
-            table.add_row(
-                TITLES[condition],
-                f"{one.ttft_ms:,.0f}",
-                f"{one.tpot_ms:,.1f}",
-                f"{one.turns_per_s:.3g}",
-                f"{one.cpu_s:.2f}",
-                f"{one.shown:,.0f}",
-                f"{one.computed:,.0f}",
-                f"{one.blocks:,.0f}",
-                f"{one.preemptions:.0f}",
-                "-" if one.rest_bytes is None else f"{one.rest_bytes / 1024:,.1f}",
-                f"{one.text_bytes / 1024:,.1f}",
-                f"{one.price(price_per_hour):.3g}",
-            )
+            table.add_column(TITLES[condition], justify="right")
+        for name, text in ROWS.items():
+            table.add_row(name, *(text(found[condition, *cell]) for condition in CONDITIONS))
+        price = (f"{found[condition, *cell].price(price_per_hour):.3g}" for condition in CONDITIONS)
+        table.add_row(f"1,000 turns at {price_per_hour:g} an hour", *price)
         console.print(table)
     for one in capacities:
         console.print(
