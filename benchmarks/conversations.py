@@ -6,6 +6,7 @@ client would send for the next turn is made here: the full history, a window of 
 the past turns that BM25 finds for the question.
 """
 
+import functools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -165,6 +166,7 @@ def _system(tokens: int, count: CountTokens) -> Message | None:
     return Message("system", " ".join(said))
 
 
+@functools.cache
 def token_counter(model: str) -> CountTokens:
     """Count with the tokenizer and the chat template of a checkpoint."""
     from transformers import AutoTokenizer

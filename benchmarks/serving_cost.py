@@ -4,10 +4,11 @@
     python -m benchmarks.serving_cost --quick --json FILE --plot FILE.svg
 
 One server, one run, over HTTP with OpenAI's client. Each cell is a length of history and a number
-of conversations that take their turns at once. The same user messages are sent under all
-conditions, which `benchmarks.replay` names, in turns: full history with an empty and with a warm
-prefix cache, a window of the last exchanges, a window and what BM25 retrieves, a window and a
-memory. The first turn of each conversation only brings its history in, and is not counted.
+of conversations that take their turns at once; all cells take turns, too. The same user messages
+are sent under all conditions, which `benchmarks.replay` names, in turns: full history with an empty
+and with a warm prefix cache, a window of the last exchanges, a window and what BM25 retrieves, a
+window and a memory. The first turn of each conversation only brings its history in, and is not
+counted.
 
 After that a server with a small KV cache tells how many conversations can be in a turn at once
 before the engine preempts one, with the longest full history and with the memory. A turn with
@@ -24,14 +25,13 @@ in a turn at once with memory. Without a GPU the price is one of this machine's 
 
 import argparse
 import asyncio
-import copy
 import itertools
 import math
 import os
 import signal
 import sys
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,42 +151,60 @@ class Maker:
         return replace(conversation, name=f"{name}-{number}")
 
 
-async def measure_cell(served: Served, plan: Plan, make: Maker, cell: Cell) -> list[dict[str, Any]]:
-    """All rounds of a cell; one sample per condition and round, round 0 brings histories in."""
-    base = [
-        make("", cell.history, 1000 * cell.concurrency + number, cell.prefix)
-        for number in range(cell.concurrency)
-    ]
-    clients: dict[Condition, list[Conversation]] = {}
-    for condition in CONDITIONS:
-        clients[condition] = copy.deepcopy(base)
-        for one in clients[condition]:
-            one.name = f"{condition}-{cell.history}-{cell.prefix}{one.name}"
-    samples = []
+Clients = dict[Condition, list[Conversation]]
+"""A cell's conversations, under each condition its own."""
+
+
+async def measure_cells(
+    served: Served, plan: Plan, make: Maker, cells: list[Cell]
+) -> AsyncIterator[list[dict[str, Any]]]:
+    """Run all cells' rounds in turns, so that what else the machine does meets all of them.
+
+    Yields:
+        The samples so far, after each round: one per cell, condition and round. Round 0 brings
+        histories in.
+    """
+    clients = {cell: clients_of(make, cell) for cell in cells}
+    samples: list[dict[str, Any]] = []
     for number in range(plan.rounds + 1):
-        for condition in in_turns(list(CONDITIONS), number):
-            found = await run_round(served, clients[condition], condition)
-            turns = found.turns
-            sample: dict[str, Any] = {
-                **cell._asdict(),
-                "condition": condition,
-                "round": number,
-                "first_s": [turn.first_s for turn in turns],
-                "per_token_s": [turn.per_token_s for turn in turns],
-                "total_s": [turn.total_s for turn in turns],
-                "prompt_tokens": [turn.prompt_tokens for turn in turns],
-                "wall_s": found.wall_s,
-                **{f"used_{name}": value for name, value in found.used._asdict().items()},
-                "peak_running": found.peak_running,
-                "peak_blocks": found.peak_blocks,
-            }
-            samples.append(sample)
-    for condition, ones in clients.items():
-        kept = await at_rest(served, plan, condition, ones)
-        for sample in samples:
-            if sample["condition"] == condition:
-                sample |= kept
-    return samples
+        for cell in cells:
+            progress.print(f"round {number} of {plan.rounds}: {cell}")
+            for condition in in_turns(list(CONDITIONS), number):
+                ones = clients[cell][condition]
+                found = await run_round(served, ones, condition)
+                turns = found.turns
+                sample: dict[str, Any] = {
+                    **cell._asdict(),
+                    "condition": condition,
+                    "round": number,
+                    "first_s": [turn.first_s for turn in turns],
+                    "per_token_s": [turn.per_token_s for turn in turns],
+                    "total_s": [turn.total_s for turn in turns],
+                    "prompt_tokens": [turn.prompt_tokens for turn in turns],
+                    "wall_s": found.wall_s,
+                    **{f"used_{name}": value for name, value in found.used._asdict().items()},
+                    "peak_running": found.peak_running,
+                    "peak_blocks": found.peak_blocks,
+                    **await at_rest(served, plan, condition, ones),
+                }
+                samples.append(sample)
+        yield samples
+
+
+def clients_of(make: Maker, cell: Cell) -> Clients:
+    """The same conversations under each condition."""
+    clients: Clients = {}
+    for condition in CONDITIONS:
+        clients[condition] = [
+            make(
+                f"{condition}-{cell.history}-{cell.concurrency}-{cell.prefix}",
+                cell.history,
+                1000 * cell.concurrency + number,
+                cell.prefix,
+            )
+            for number in range(cell.concurrency)
+        ]
+    return clients
 
 
 async def at_rest(
@@ -282,11 +300,12 @@ async def run(
     with server(plan, scratch, "sweep") as (url, pid):
         async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
             # Code is loaded and compiled in the first turns.
-            await measure_cell(served, replace(plan, rounds=1), make, Cell(ROOM, 1, 0))
-            for cell in cells:
-                progress.print(f"{cell}")
-                samples += await measure_cell(served, plan, make, cell)
-                keep()
+            async for _ in measure_cells(served, replace(plan, rounds=1), make, [Cell(ROOM, 1, 0)]):
+                pass
+            async for found in measure_cells(served, plan, make, cells):
+                samples = found
+                if found[-1]["round"]:
+                    keep()
     flags = ("--num-gpu-blocks-override", str(probe_blocks))
     with server(plan, scratch, "capacity", *flags) as (url, pid):
         async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:

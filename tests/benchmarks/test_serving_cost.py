@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.conversations import HEADING, Conversation, make_conversation, token_counter
 from benchmarks.replay import CONDITIONS, connected, request_of
-from benchmarks.serving_cost import NAME, Cell, Maker, Plan, largest, measure_cell, server
+from benchmarks.serving_cost import NAME, Cell, Maker, Plan, largest, measure_cells, server
 from benchmarks.serving_cost_results import Capacity, figures, plot, summarise
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 
@@ -125,7 +125,10 @@ def test_a_cell_is_measured_on_a_real_server(tmp_path: Path) -> None:
     async def measured() -> list[dict[str, Any]]:
         with server(plan, tmp_path, "server") as (url, pid):
             async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
-                return await measure_cell(served, plan, Maker(plan), Cell(400, 2, 0))
+                cells = [Cell(400, 2, 0)]
+                async for found in measure_cells(served, plan, Maker(plan), cells):
+                    samples = found
+                return samples
 
     counted = {one["condition"]: one for one in asyncio.run(measured()) if one["round"]}
     cold, warm, window, memory = (
