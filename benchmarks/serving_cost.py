@@ -277,7 +277,7 @@ async def capacity(served: Served, make: Maker, condition: Condition, history: i
 
 
 async def run(
-    plan: Plan, probe_blocks: int, scratch: Path, json: Path | None
+    plan: Plan, probe_blocks: int, scratch: Path, json: Path | None, only_capacity: bool
 ) -> tuple[list[dict[str, Any]], list[Capacity]]:
     """Measure all cells, then the capacities; what was measured is written as it comes."""
     samples: list[dict[str, Any]] = []
@@ -291,21 +291,28 @@ async def run(
             found = [*samples, *(one._asdict() for one in capacities)]
             write_json(json, described, found, summarise(samples, capacities))
 
-    cells = [
-        Cell(history, concurrency, prefix)
-        for prefix in plan.prefixes
-        for concurrency in plan.concurrency
-        for history in plan.histories
-    ]
-    with server(plan, scratch, "sweep") as (url, pid):
-        async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
-            # Code is loaded and compiled in the first turns.
-            async for _ in measure_cells(served, replace(plan, rounds=1), make, [Cell(ROOM, 1, 0)]):
-                pass
-            async for found in measure_cells(served, plan, make, cells):
-                samples = found
-                if found[-1]["round"]:
-                    keep()
+    cells = (
+        []
+        if only_capacity
+        else [
+            Cell(history, concurrency, prefix)
+            for prefix in plan.prefixes
+            for concurrency in plan.concurrency
+            for history in plan.histories
+        ]
+    )
+    if cells:
+        with server(plan, scratch, "sweep") as (url, pid):
+            async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
+                # Code is loaded and compiled in the first turns.
+                async for _ in measure_cells(
+                    served, replace(plan, rounds=1), make, [Cell(ROOM, 1, 0)]
+                ):
+                    pass
+                async for found in measure_cells(served, plan, make, cells):
+                    samples = found
+                    if found[-1]["round"]:
+                        keep()
     flags = ("--num-gpu-blocks-override", str(probe_blocks))
     with server(plan, scratch, "capacity", *flags) as (url, pid):
         async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
@@ -331,6 +338,7 @@ def arguments() -> argparse.Namespace:
         "--probe-conversations", type=int, default=2,
         help="long conversations for which the second server's KV cache has room (%(default)s)",
     )  # fmt: skip
+    options.add_argument("--only-capacity", action="store_true", help="leave the cells out")
     options.add_argument(
         "--price-per-hour", type=float, default=1.0, help="of the machine (%(default)s)"
     )
@@ -384,7 +392,11 @@ def main() -> None:
             sys.exit(f"{plan.max_model_len} tokens are beyond the model's {limit}")
         long_turn = max(given.history) + QUESTION + PROBE_OUTPUT
         probe_blocks = given.probe_conversations * math.ceil(long_turn / plan.block_size)
-        samples, capacities = asyncio.run(run(plan, probe_blocks, scratch, given.json))
+        # One block is the engine's own; and it starts only if its longest request fits.
+        probe_blocks = 1 + max(probe_blocks, math.ceil(plan.max_model_len / plan.block_size))
+        samples, capacities = asyncio.run(
+            run(plan, probe_blocks, scratch, given.json, given.only_capacity)
+        )
     report(plan.__dict__, samples, capacities, given.price_per_hour, given.plot)
 
 
@@ -399,7 +411,7 @@ def report(
     title = "{backbone}, {dtype}, {threads} thread(s), replies of {output_tokens} tokens"
     title = title.format(**settings)
     show(samples, capacities, summarise(samples, capacities), title, price_per_hour)
-    if file:
+    if file and samples:
         plot(samples, title, price_per_hour, file)
 
 

@@ -144,6 +144,20 @@ def summarise(samples: Sequence[Sample], capacities: Sequence[Capacity]) -> dict
             summary[f"{name}_{end}"] = getattr(one, name)
         if one.rest_bytes is not None:
             summary[f"rest_bytes_{end}"] = one.rest_bytes
+    if found:
+        summary |= _growths(found)
+    by_condition = {one.condition: one for one in capacities}
+    for condition, one in by_condition.items():
+        summary[f"conversations_{condition}"] = one.conversations
+    if {"full_warm", "memory"} <= by_condition.keys():
+        many, few = (by_condition[name].conversations for name in ("memory", "full_warm"))
+        summary["conversations_ratio"] = many / max(few, 1)
+    return summary
+
+
+def _growths(found: Mapping[Key, Figures]) -> dict[str, float]:
+    """What the longest history costs over the shortest, one conversation at a time."""
+    summary: dict[str, float] = {}
     lengths = sorted({key[1] for key in found})
     alone = min(key[2] for key in found)
     shortest, longest = lengths[0], lengths[-1]
@@ -157,12 +171,6 @@ def summarise(samples: Sequence[Sample], capacities: Sequence[Capacity]) -> dict
         summary[f"{name}_cpu_growth"] = long.cpu_s / short.cpu_s - 1
     full, ours = (found[name, longest, alone, 0].blocks for name in ("full_cold", "memory"))
     summary["kv_blocks_ratio"] = full / ours
-    by_condition = {one.condition: one for one in capacities}
-    for condition, one in by_condition.items():
-        summary[f"conversations_{condition}"] = one.conversations
-    if {"full_warm", "memory"} <= by_condition.keys():
-        many, few = (by_condition[name].conversations for name in ("memory", "full_warm"))
-        summary["conversations_ratio"] = many / max(few, 1)
     return summary
 
 
