@@ -19,7 +19,7 @@ export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full redis lint clean
+.PHONY: help install demo test test-full redis lint docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,10 +56,13 @@ redis: ## install redis-server for the tests of the networked store, where that 
 		apt-get update -qq && $(INSTALL_REDIS); }; } >/dev/null 2>&1; } || \
 		echo "redis-server is missing, so its tests are skipped: sudo apt-get install redis-server"
 
-lint: $(READY) ## ruff and mypy --strict
+lint: $(READY) docs ## ruff, mypy --strict, and the documentation without a warning
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY) ## build the documentation into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

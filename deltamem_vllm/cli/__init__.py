@@ -16,6 +16,7 @@ from deltamem_vllm.cli.batch import batch
 from deltamem_vllm.cli.common import ReadableErrors
 from deltamem_vllm.cli.demo import demo
 from deltamem_vllm.cli.doctor import doctor
+from deltamem_vllm.cli.plan import plan
 from deltamem_vllm.cli.rebuild import rebuild
 from deltamem_vllm.cli.serve import PASS_ON, serve
 from deltamem_vllm.cli.sessions import sessions_app
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 app.command("serve", context_settings=PASS_ON)(serve)
 app.command("batch")(batch)
+app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.command("demo")(demo)
 app.add_typer(adapter_app, name="adapter")

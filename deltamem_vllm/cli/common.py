@@ -37,7 +37,9 @@ def console() -> Console:
 
 
 def readable_bytes(count: int) -> str:
-    """A size in KiB or MiB, and in bytes."""
+    """A size in KiB, MiB or GiB, and in bytes."""
     if count < 1 << 20:
         return f"{count / 1024:.4g} KiB ({count:,} bytes)"
+    if count >= 1 << 30:
+        return f"{count / (1 << 30):,.1f} GiB ({count:,} bytes)"
     return f"{count / (1 << 20):.4g} MiB ({count:,} bytes)"

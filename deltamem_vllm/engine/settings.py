@@ -27,7 +27,8 @@ from deltamem_vllm.engine.compat import VerifyAndUpdateConfig, VllmConfig, kv_co
 from deltamem_vllm.engine.names import CONNECTOR_NAME, MEMORY_STEP_OP
 from deltamem_vllm.errors import AdapterError, ConfigError, EngineConfigError
 from deltamem_vllm.ops import DeltaRule
-from deltamem_vllm.state.page import PageLayout, SpanSizes, ring_length
+from deltamem_vllm.state.layout import layout_of, rule_of
+from deltamem_vllm.state.page import PageLayout, ring_length
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -118,15 +119,7 @@ def adapter_of(vllm_config: VllmConfig) -> Adapter:
 
 def delta_rule(adapter: Adapter) -> DeltaRule:
     """The arithmetic an adapter asks for, as the ops understand it."""
-    config = adapter.config
-    return DeltaRule(
-        rank=config.rank,
-        num_heads=config.num_state_heads,
-        normalize_qk=config.normalize_qk,
-        couple_lambda=config.couple_lambda,
-        rankwise_gates=config.rankwise_gates,
-        update_mode=config.state_update_mode,
-    )
+    return rule_of(adapter.config)
 
 
 def page_layout(adapter: Adapter, vllm_config: VllmConfig, block_size: int) -> PageLayout:
@@ -134,15 +127,9 @@ def page_layout(adapter: Adapter, vllm_config: VllmConfig, block_size: int) -> P
 
     With asynchronous scheduling, a step is scheduled while the one before it runs.
     """
-    spans = None
-    if adapter.config.memory_write_granularity != "token":
-        spans = SpanSizes(block_size, delta_rule(adapter).sums_dim)
     steps_in_flight = 2 if vllm_config.scheduler_config.async_scheduling else 1
-    return PageLayout(
-        state_shape=adapter.config.state_shape,
-        ring=ring_length(steps_in_flight, draft_tokens(vllm_config)),
-        spans=spans,
-    )
+    ring = ring_length(steps_in_flight, draft_tokens(vllm_config))
+    return layout_of(adapter.config, block_size, ring)
 
 
 def draft_tokens(vllm_config: VllmConfig) -> int:

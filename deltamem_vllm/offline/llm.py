@@ -184,8 +184,9 @@ class MemoryLLM(LLM):
             MemoryRequestError: a memory cannot be served as asked.
             SessionError: a session is not what a memory says that it is, is in another turn, or
                 cannot be stored.
-            Before the sessions are committed, after these and all other errors, they are as they
-            were before the call; an error of the commit says which were written.
+
+        Before the sessions are committed, after these and all other errors, they are as they were
+        before the call; an error of the commit says which were written.
         """
         return self._run_turns(super().generate, _listed(prompts), sampling_params, memory, kwargs)
 

@@ -1,0 +1,222 @@
+"""What conversations take on a machine: with their full history, with a window, with a memory.
+
+Times come from two numbers of the machine. A prefill takes its operations over `tflops`: two per
+parameter and token (the output embedding for the last token alone), and four per layer, query
+column and pair of tokens that attention joins. A
+decode step takes the larger of its operations and its bytes over `gb_per_s`: the weights once, and
+the keys and values of every request. What scheduling, sampling and HTTP take is not in it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.planning.machine import Machine
+from deltamem_vllm.planning.sizes import (
+    Backbone,
+    BlockBytes,
+    MemoryShape,
+    block_bytes,
+    session_bytes,
+)
+from deltamem_vllm.planning.workload import Workload
+
+WayName = Literal["full_cold", "full_warm", "window", "memory"]
+
+STATE_ACCESSES: Final = 2
+"""A decoded token's states are read and written."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to serve the conversations."""
+
+    name: WayName
+    prompt_tokens: int
+    """Shown to the model in a turn."""
+
+    computed_tokens: int
+    """Of them, those that go through the model; the others are in the prefix cache."""
+
+    blocks_per_turn: int
+    blocks: int
+    """Of a replica's KV cache."""
+
+    turns_at_once: int
+    """Turns that a replica's KV cache has room for, without preemption."""
+
+    warm_conversations: int | None
+    """Conversations whose history the KV cache can keep between turns; None: it need not."""
+
+    rest_bytes: int
+    """What is kept of one conversation between its turns, beside its text."""
+
+    first_token_s: float
+    """Of a turn by itself, until its first token."""
+
+    replica_s: float
+    """Of a replica, per turn, in full batches."""
+
+    replicas: float
+    """That the workload keeps busy."""
+
+    price_per_1000_turns: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes of a model with memory, and what each way of serving a workload takes."""
+
+    kv_bytes_per_token: int
+    block: BlockBytes
+    """Of one GPU."""
+
+    state_bytes: int
+    """Of one conversation."""
+
+    store_bytes: int
+    """Of all sessions."""
+
+    kv_cache_bytes: float
+    """Of a replica."""
+
+    ways: tuple[Way, ...]
+
+    def way(self, name: WayName) -> Way:
+        """The way of that name."""
+        return next(way for way in self.ways if way.name == name)
+
+
+def make_plan(
+    backbone: Backbone,
+    memory: MemoryShape,
+    workload: Workload,
+    machine: Machine,
+    block_size: int = 16,
+) -> Plan:
+    """Work out what a workload takes.
+
+    Args:
+        backbone: the model.
+        memory: its memory.
+        workload: the conversations.
+        machine: what a replica runs on.
+        block_size: tokens of a KV cache block.
+
+    Raises:
+        ConfigError: the machine has no room for the model, or for one turn.
+    """
+    block = block_bytes(backbone, memory, block_size, machine.gpus)
+    cache = machine.kv_cache_bytes(backbone.weight_bytes)
+    if cache <= block.total * machine.gpus:
+        raise ConfigError(
+            f"the machine has no room for a KV cache: {machine.memory_bytes / 1e9:,.1f} GB at "
+            f"{machine.utilization:.0%}, less {backbone.weight_bytes / 1e9:,.1f} GB of weights and "
+            f"{machine.overhead_bytes / 1e9:,.1f} GB for each of {machine.gpus} GPU(s) beside them."
+        )
+    session = session_bytes(memory, workload.written_messages, workload.versions_kept)
+    planner = _Planner(backbone, memory, workload, machine, block_size, block, cache, session)
+    names: tuple[WayName, ...] = ("full_cold", "full_warm", "window", "memory")
+    return Plan(
+        kv_bytes_per_token=backbone.kv_bytes_per_token,
+        block=block,
+        state_bytes=memory.state_bytes,
+        store_bytes=session * workload.conversations,
+        kv_cache_bytes=cache,
+        ways=tuple(planner.way(name) for name in names),
+    )
+
+
+@dataclass(frozen=True)
+class _Planner:
+    backbone: Backbone
+    memory: MemoryShape
+    workload: Workload
+    machine: Machine
+    block_size: int
+    block: BlockBytes
+    cache: float
+    session: int
+
+    def way(self, name: WayName) -> Way:
+        work, machine = self.workload, self.machine
+        with_memory = name == "memory"
+        shown = work.history if name in ("full_cold", "full_warm") else work.shown
+        prompt = work.standing + shown + work.question
+        cached = {
+            # What a turn shares with the one before it, or with other conversations: whole blocks.
+            "full_cold": 0,
+            "full_warm": self._whole(work.standing + work.history),
+            "window": self._whole(work.standing),
+            # Its salt is its session's.
+            "memory": 0,
+        }[name]
+        computed = prompt - cached
+        blocks = self._blocks(with_memory)
+        shared = 0 if with_memory else self._whole(work.standing) // self.block_size
+        total = math.ceil((prompt + work.reply) / self.block_size)
+        at_once = max(blocks - shared, 0) // max(total - shared, 1)
+        if at_once < 1:
+            raise ConfigError(
+                f"a turn of {prompt + work.reply:,} tokens takes {total:,} blocks, and the KV "
+                f"cache has {blocks:,}: give the machine more memory, or less history."
+            )
+        batch = min(at_once, machine.max_requests)
+        prefill = self._prefill_s(computed, cached, with_memory)
+        context = prompt + work.reply / 2
+        seconds = prefill + work.reply * self._decode_s(batch, context, with_memory) / batch
+        warm = None
+        rest = 0
+        if name == "full_warm":
+            per = math.ceil((prompt + work.reply) / self.block_size) - shared
+            warm = max(blocks - shared, 0) // max(per, 1)
+            rest = per * self.block_size * self.backbone.kv_bytes_per_token
+        if with_memory:
+            rest = self.session
+        return Way(
+            name=name,
+            prompt_tokens=prompt,
+            computed_tokens=computed,
+            blocks_per_turn=total,
+            blocks=blocks,
+            turns_at_once=at_once,
+            warm_conversations=warm,
+            rest_bytes=rest,
+            first_token_s=prefill,
+            replica_s=seconds,
+            replicas=work.turns_per_second * seconds,
+            price_per_1000_turns=1000 * seconds * machine.price_per_hour / 3600,
+        )
+
+    def _whole(self, tokens: int) -> int:
+        """Tokens of the whole blocks of a beginning: what a prefix cache can give back."""
+        return tokens // self.block_size * self.block_size
+
+    def _blocks(self, with_memory: bool) -> int:
+        """Blocks of a GPU's KV cache that requests can have; vLLM keeps one for itself."""
+        each = self.block.total if with_memory else self.block.keys_values
+        return max(int(self.cache / self.machine.gpus // each) - 1, 0)
+
+    def _operations(self, tokens: float, sampled: float, pairs: float, with_memory: bool) -> float:
+        shape = self.backbone.shape
+        each = 2 * self.backbone.body
+        if with_memory:
+            each += 2 * shape.hidden_size * self.memory.projected
+        attention = 4 * shape.num_layers * shape.q_size * pairs
+        return each * tokens + 2 * self.backbone.head * sampled + attention
+
+    def _prefill_s(self, computed: int, cached: int, with_memory: bool) -> float:
+        pairs = computed * (cached + computed / 2)
+        return self._operations(computed, 1, pairs, with_memory) / (self.machine.tflops * 1e12)
+
+    def _decode_s(self, batch: int, context: float, with_memory: bool) -> float:
+        """Seconds of a step of `batch` requests."""
+        each = context * self.backbone.kv_bytes_per_token
+        if with_memory:
+            each += STATE_ACCESSES * self.memory.state_bytes
+        moved = (self.backbone.weight_bytes + batch * each) / (self.machine.gb_per_s * 1e9)
+        operations = self._operations(batch, batch, batch * context, with_memory)
+        return max(moved, operations / (self.machine.tflops * 1e12))

@@ -1,0 +1,119 @@
+"""What plans say of ways to serve conversations."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from deltamem_vllm.cli import app
+from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.demo.assets import adapter_dir, model_dir
+from deltamem_vllm.errors import ConfigError
+from deltamem_vllm.planning import Machine, MemoryShape, Plan, Workload, make_plan, read_backbone
+from deltamem_vllm.planning.plot import plans_over_histories
+
+BLOCK = 16
+
+
+def machine(**changes: float) -> Machine:
+    fields = {"memory_bytes": 1 << 30, "overhead_bytes": 0, "tflops": 1.0, "gb_per_s": 10.0}
+    return Machine.model_validate({**fields, **changes})
+
+
+def planned(machine: Machine, **work: float) -> Plan:
+    memory = MemoryShape(DeltaMemConfig(rank=8), layers=4)
+    fields = {"history": 4096, "window": 256, "question": 32, "reply": 32, **work}
+    return make_plan(
+        read_backbone(str(model_dir())), memory, Workload.model_validate(fields), machine, BLOCK
+    )
+
+
+def test_a_turn_with_memory_does_not_depend_on_the_history() -> None:
+    short, long = (planned(machine(), history=length).way("memory") for length in (1024, 65536))
+    assert long.prompt_tokens == short.prompt_tokens == 256 + 32
+    assert long.blocks_per_turn == short.blocks_per_turn == (256 + 32 + 32) // BLOCK
+    assert long.first_token_s == short.first_token_s
+    assert long.turns_at_once == short.turns_at_once
+
+
+def test_a_full_history_costs_more_than_in_proportion() -> None:
+    short, long = (planned(machine(), history=length).way("full_cold") for length in (4096, 8192))
+    assert long.first_token_s > 2 * short.first_token_s
+
+
+def test_turns_at_once_fill_the_kv_cache() -> None:
+    plan = planned(machine())
+    for way in plan.ways:
+        assert way.turns_at_once * way.blocks_per_turn <= way.blocks
+        assert (way.turns_at_once + 1) * way.blocks_per_turn > way.blocks
+    block = plan.block.total
+    memory = plan.way("memory")
+    assert memory.blocks + 1 == plan.kv_cache_bytes // block
+
+
+def test_a_shared_prefix_is_held_once_without_memory_and_by_each_with_it() -> None:
+    alone, shared = (planned(machine(), standing=length) for length in (0, 1600))
+    assert shared.way("full_warm").computed_tokens == alone.way("full_warm").computed_tokens
+    assert shared.way("memory").computed_tokens == alone.way("memory").computed_tokens + 1600
+    assert shared.way("window").turns_at_once == pytest.approx(
+        alone.way("window").turns_at_once, rel=0.05
+    )
+    assert shared.way("memory").turns_at_once < alone.way("memory").turns_at_once / 4
+
+
+def test_price_is_that_of_the_hours_taken() -> None:
+    cheap, dear = (planned(machine(price_per_hour=price)).way("memory") for price in (1, 3))
+    assert cheap.price_per_1000_turns == pytest.approx(1000 * cheap.replica_s / 3600)
+    assert dear.price_per_1000_turns == pytest.approx(3 * cheap.price_per_1000_turns)
+
+
+def test_a_machine_without_room_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no room for a KV cache"):
+        planned(machine(memory_bytes=1 << 20))
+    with pytest.raises(ConfigError, match="a turn of"):
+        planned(machine(memory_bytes=1 << 23), history=100_000)
+
+
+def test_histories_double_up_to_the_one_asked_for() -> None:
+    memory = MemoryShape(DeltaMemConfig(rank=8), layers=4)
+    backbone = read_backbone(str(model_dir()))
+    plans = plans_over_histories(backbone, memory, Workload(history=4096), machine(), BLOCK)
+    assert list(plans) == [512, 1024, 2048, 4096]
+
+
+CALL = ["plan", str(model_dir()), "--adapter", str(adapter_dir("tsw")), "--history", "2048"]
+
+
+def test_command_prints_tables_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plan.svg"
+    result = CliRunner().invoke(app, [*CALL, "--gpu", "l4", "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    assert "window + memory" in result.stdout
+    assert plot.read_text().startswith("<?xml")
+
+
+def test_command_prints_json() -> None:
+    numbers = ["--gpu-memory", "1", "--tflops", "1", "--gb-per-s", "10", "--overhead", "0"]
+    result = CliRunner().invoke(app, [*CALL, *numbers, "--json"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["plan"]
+    assert found["state_bytes"] == 1024
+    assert {way["name"] for way in found["ways"]} == {"full_cold", "full_warm", "window", "memory"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --gpu"),
+        (["--gpu", "abacus"], "abacus"),
+        (["--gpu", "l4", "--plot", "plan.txt"], ".svg"),
+        (["--gpu", "l4", "--dtype", "int3"], "int3"),
+        (["--gpu", "l4", "--turns-per-hour", "0"], "turns_per_hour"),
+    ],
+)
+def test_what_cannot_be_planned_is_said(flags: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, [*CALL, *flags])
+    assert result.exit_code == 2
+    assert message in result.stderr
