@@ -154,7 +154,7 @@ class ServeArguments(BaseModel):
         if refused:
             raise ValueError(
                 f"{', '.join(refused)} would configure vLLM's own HTTP server, and here requests "
-                "come through Ray Serve: see serving/ray/serve.yaml for http_options, and num_replicas"
+                "come through Ray Serve: see http_options in serving/ray/serve.yaml"
             )
         split_flags(flags)
         return tuple(flags)

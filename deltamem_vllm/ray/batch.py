@@ -390,7 +390,9 @@ def _shown(writer: Any, bar: Any) -> Iterator[None]:
         # Of a writer that was killed the run's own error tells.
         with suppress(ray.exceptions.RayError):
             while not is_over.wait(POLL_S):
-                bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
+                # An update by nothing is drawn, too.
+                if num := bar.initial + ray.get(writer.num_new.remote()) - bar.n:
+                    bar.update(num)
 
     thread = threading.Thread(target=show, name="deltamem-progress", daemon=True)
     thread.start()
