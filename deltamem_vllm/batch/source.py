@@ -53,10 +53,10 @@ class Source:
 
 
 def placed_rows(contents: Iterable[tuple[str, Any]]) -> Iterator[Placed]:
-    """Rows that are in memory already, each with its place."""
+    """Rows of a table that is in memory already, each with its place."""
     seen: set[str] = set()
     for where, content in contents:
-        yield _placed(where, content, seen)
+        yield _placed(where, _without_nulls(content), seen)
 
 
 def _placed(where: str, content: Any, seen: set[str]) -> Placed:
@@ -112,7 +112,7 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet has every column, and every field of a struct, in every row."""
+    """A table has every column, and every field of a struct, in every row."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):

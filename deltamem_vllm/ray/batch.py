@@ -81,10 +81,7 @@ class MemoryBatch:
         self.runner = Runner(llm, Conversations(llm, job, spec.sampling), spec.in_flight)
 
     def __call__(self, table: Any) -> dict[str, list[Any]]:
-        contents = (
-            {name: value for name, value in content.items() if value is not None}
-            for content in table.to_pylist()
-        )
+        contents = table.to_pylist()
         named = [(f"row {number}", content) for number, content in enumerate(contents)]
         found: dict[str, Result] = {}
         self.runner.run(

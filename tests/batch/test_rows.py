@@ -8,7 +8,7 @@ import pytest
 
 from deltamem_vllm.batch.openai_rows import from_openai
 from deltamem_vllm.batch.rows import Result, Row, describe, parse_row
-from deltamem_vllm.batch.source import Source
+from deltamem_vllm.batch.source import Source, placed_rows
 from deltamem_vllm.errors import BatchError, RowError
 from tests.batch.rows import chat, mixed_rows, write_jsonl
 
@@ -132,6 +132,18 @@ def test_parquet_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "p" / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(BatchError, match=r"bad\.parquet"):
         list(Source(tmp_path / "p"))
+
+
+def test_tables_have_nulls_where_rows_say_nothing() -> None:
+    def row(name: str, **memory: Any) -> dict[str, Any]:
+        body = {"messages": chat(name), "memory": memory}
+        return {"custom_id": name, "url": "/v1/chat/completions", "body": body}
+
+    rows = [row("a", session="s", mode="read_only"), row("b", session="s", ttl=5.0)]
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(rows)
+    placed = placed_rows((one["custom_id"], one) for one in table.to_pylist())
+    assert [one.row for one in placed] == [parse_row(from_openai(one)) for one in rows]
 
 
 def test_damaged_parquet_is_named(tmp_path: Path) -> None:
