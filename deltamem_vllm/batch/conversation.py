@@ -64,7 +64,11 @@ class Conversations:
 
     def is_of_the_run(self, error: Exception) -> bool:
         """Whether an error is not the row's own: without it, the row could be run."""
-        return isinstance(error, NOT_OF_THE_ROW) or engine_is_dead(self._llm.llm_engine.engine_core)
+        # Of an image that a row names, `requests` and Pillow raise OSErrors without a number.
+        is_of_media = isinstance(error, OSError) and error.errno is None
+        if isinstance(error, NOT_OF_THE_ROW) and not is_of_media:
+            return True
+        return engine_is_dead(self._llm.llm_engine.engine_core)
 
     def _ingest(self, row: Row, where: str) -> Result:
         assert row.session is not None

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic_core import PydanticSerializationError
 
 from deltamem_vllm.errors import DeltaMemError, RowError
 from deltamem_vllm.memory import Memory, Window
@@ -213,8 +214,9 @@ def key_of(row_id: str | None, where: str) -> str:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error in one line that can be written down, whatever input it quotes."""
+    text = str(error).encode(errors="backslashreplace").decode()
+    return " ".join(text.split()) or type(error).__name__
 
 
 def parse_row(content: Any) -> Row:
@@ -226,7 +228,12 @@ def parse_row(content: Any) -> Row:
     if not isinstance(content, Mapping):
         raise RowError(f"a row is an object, not {type(content).__name__}")
     try:
-        return Row.model_validate(content)
+        row = Row.model_validate(content)
+        # Half of a surrogate pair is valid JSON and no text; Parquet has bytes.
+        row.model_dump_json()
+        return row
+    except PydanticSerializationError as error:
+        raise RowError(f"holds what cannot be written as JSON ({describe(error)})") from None
     except ValidationError as error:
         problems = dict.fromkeys(_problem(dict(item)) for item in error.errors())
         shown = list(problems)[:PROBLEMS_SHOWN]

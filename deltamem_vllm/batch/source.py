@@ -1,12 +1,13 @@
 """Reads rows from JSONL and Parquet files."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from deltamem_vllm.batch.openai_rows import from_openai, is_openai_row
-from deltamem_vllm.batch.rows import Placed, Result, parse_row
+from deltamem_vllm.batch.rows import Placed, Result, describe, parse_row
 from deltamem_vllm.errors import BatchError, RowError
 
 JSONL, PARQUET = ".jsonl", ".parquet"
@@ -14,6 +15,9 @@ SUFFIXES: Final = (JSONL, PARQUET)
 
 PARQUET_ROWS: Final = 1024
 """Read at a time."""
+
+SURROGATE: Final = re.compile("[\ud800-\udfff]")
+"""JSON can hold one half of a pair, and no file of UTF-8 can."""
 
 
 class Source:
@@ -49,10 +53,10 @@ class Source:
 
 
 def placed_rows(contents: Iterable[tuple[str, Any]]) -> Iterator[Placed]:
-    """Rows that are in memory already, each with its place."""
+    """Rows of a table that is in memory already, each with its place."""
     seen: set[str] = set()
     for where, content in contents:
-        yield _placed(where, content, seen)
+        yield _placed(where, _without_nulls(content), seen)
 
 
 def _placed(where: str, content: Any, seen: set[str]) -> Placed:
@@ -63,14 +67,14 @@ def _placed(where: str, content: Any, seen: set[str]) -> Placed:
         if is_openai_row(content):
             content = from_openai(content)
         found = content.get("id") if isinstance(content, dict) else None
-        if isinstance(found, str) and found:
+        if isinstance(found, str) and found and not SURROGATE.search(found):
             if found in seen:
                 raise RowError(f"id: {found!r} is that of an earlier row")
             seen.add(found)
             row_id = found
         return Placed(where, parse_row(content))
     except RowError as error:
-        return Placed(where, None, Result(id=row_id, row=where, error=str(error)))
+        return Placed(where, None, Result(id=row_id, row=where, error=describe(error)))
 
 
 def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
@@ -103,12 +107,12 @@ def _parquet_rows(file: Path) -> Iterator[tuple[int, Any]]:
                 for content in batch.to_pylist():
                     number += 1
                     yield number, _without_nulls(content)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BatchError(f"{file}: is not valid Parquet ({error}).") from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """Parquet has every column, and every field of a struct, in every row."""
+    """A table has every column, and every field of a struct, in every row."""
     if isinstance(value, dict):
         return {key: _without_nulls(each) for key, each in value.items() if each is not None}
     if isinstance(value, list):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
 
 from deltamem_vllm.cli.common import console
-from deltamem_vllm.errors import BatchError
+from deltamem_vllm.errors import BatchError, DeltaMemError
 
 FAILED: Final = 1
 INTERRUPTED: Final = 130
@@ -66,6 +67,7 @@ def batch(
     Run the same command again after an interruption: it goes on, and writes nothing twice.
     """
     from deltamem_vllm.batch.job import BatchSpec, run
+    from deltamem_vllm.batch.rows import describe
     from deltamem_vllm.sessions import PUBLIC_TENANT
 
     named = {
@@ -95,6 +97,14 @@ def batch(
     except KeyboardInterrupt:
         typer.echo("interrupted. The same command goes on.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except (DeltaMemError, OSError):
+        raise
+    except Exception as error:
+        # Of the engine. Python would end with the status of a run in which rows failed.
+        if not isinstance(error, TypeError | ValueError):
+            traceback.print_exc()
+        problem = f"{type(error).__name__}: {describe(error)}"
+        raise BatchError(f"the run could not go on ({problem}).") from error
     console().print(report.table())
     typer.echo(f"results: {output}/part-*.jsonl, report: {output}/report.json")
     if report.failed:

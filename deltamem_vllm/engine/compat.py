@@ -252,7 +252,9 @@ async def api_server(arguments: Sequence[str]) -> AsyncIterator[tuple[Any, Any]]
         with redirect_stderr(said):
             parsed = parser.parse_args(list(arguments))
     except SystemExit:
-        raise EngineConfigError(f"vLLM refuses its flags: {said.getvalue().strip()}") from None
+        # The usage before it is hundreds of lines.
+        _, _, problem = said.getvalue().strip().rpartition("vllm serve: error: ")
+        raise EngineConfigError(f"vLLM refuses its flags: {problem}") from None
     parsed.model = parsed.model_tag
     validate_parsed_serve_args(parsed)
     async with build_async_engine_client(parsed) as engine:

@@ -135,9 +135,11 @@ class ServeArguments(BaseModel):
     @field_validator("num_replicas", mode="before")
     @classmethod
     def _positive(cls, given: object) -> object:
+        if isinstance(given, str) and given.removeprefix("-").isdecimal():
+            given = int(given)
         if isinstance(given, int) and not isinstance(given, bool) and given < 1:
             raise ValueError("expected at least 1, or auto")
-        return int(given) if isinstance(given, str) and given.isdecimal() else given
+        return given
 
     @field_validator("store")
     @classmethod
@@ -152,7 +154,7 @@ class ServeArguments(BaseModel):
         if refused:
             raise ValueError(
                 f"{', '.join(refused)} would configure vLLM's own HTTP server, and here requests "
-                "come through Ray Serve: see http_options in docs/ray.md, and num_replicas"
+                "come through Ray Serve: see http_options in serving/ray/serve.yaml"
             )
         split_flags(flags)
         return tuple(flags)
@@ -231,5 +233,7 @@ def _problem(item: Mapping[str, Any]) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if not name:
         return without_password(message)
-    given = "" if name.startswith("environment") else f" = {without_password(str(item['input']))!r}"
+    # The input of an argument that is missing is all the others.
+    is_shown = item["type"] != "missing" and not name.startswith("environment")
+    given = f" = {without_password(str(item['input']))!r}" if is_shown else ""
     return f"{name}{given}: {without_password(message)}"

@@ -81,10 +81,7 @@ class MemoryBatch:
         self.runner = Runner(llm, Conversations(llm, job, spec.sampling), spec.in_flight)
 
     def __call__(self, table: Any) -> dict[str, list[Any]]:
-        contents = (
-            {name: value for name, value in content.items() if value is not None}
-            for content in table.to_pylist()
-        )
+        contents = table.to_pylist()
         named = [(f"row {number}", content) for number, content in enumerate(contents)]
         found: dict[str, Result] = {}
         self.runner.run(
@@ -390,7 +387,9 @@ def _shown(writer: Any, bar: Any) -> Iterator[None]:
         # Of a writer that was killed the run's own error tells.
         with suppress(ray.exceptions.RayError):
             while not is_over.wait(POLL_S):
-                bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
+                # An update by nothing is drawn, too.
+                if num := bar.initial + ray.get(writer.num_new.remote()) - bar.n:
+                    bar.update(num)
 
     thread = threading.Thread(target=show, name="deltamem-progress", daemon=True)
     thread.start()

@@ -57,6 +57,8 @@ def test_an_input_that_is_not_there_is_named(tmp_path: Path) -> None:
             ["--model", BASE, "--adapter", ADAPTER, "--store", "redis://localhost:1/0"],
             "redis://localhost:1/0 does not answer",
         ),
+        (["--model", BASE, "--adapter", ADAPTER, "--set", "no_such_name=1"], "no_such_name"),
+        (["--model", BASE, "--adapter", ADAPTER, "--dtype", "float31"], "float31"),
     ],
 )
 def test_a_run_that_cannot_start_says_why_and_binds_nothing(

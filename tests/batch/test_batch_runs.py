@@ -194,6 +194,7 @@ def test_conversations_show_their_history_where_they_are_asked_to(
 def test_rows_that_cannot_be_run_take_nothing_else_along(
     llm: MemoryLLM, tmp_path: Path, store: str
 ) -> None:
+    nowhere = {"type": "image_url", "image_url": {"url": "http://127.0.0.1:9/image.png"}}
     rows: list[dict[str, Any]] = [
         {"id": "good", "session": "a", "messages": chat(1)},
         {"id": "too long", "session": "a", "messages": chat(2, 600)},
@@ -204,11 +205,12 @@ def test_rows_that_cannot_be_run_take_nothing_else_along(
         },
         {"id": "half", "session": "b", "turns": ["one two", text(3, 600), "three"]},
         {"id": "unknown", "sesion": "a", "prompt": "x"},
+        {"id": "image", "messages": [{"role": "user", "content": [nowhere]}]},
         {"id": "again", "session": "a", "messages": chat(3)},
     ]
     results = run_rows(llm, tmp_path, store, rows)
     errors = {name: result.error for name, result in results.items() if result.error}
-    assert sorted(errors) == ["half", "too long", "unknown", "unspeakable"]
+    assert sorted(errors) == ["half", "image", "too long", "unknown", "unspeakable"]
     assert "512" in errors["too long"] and "unspeakable!" in errors["unspeakable"]
     assert errors["half"].startswith("turn 2: ") and len(results["half"].replies) == 1
     assert llm.sessions["a"].version == 2 and llm.sessions["b"].version == 1

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deltamem_vllm.batch.openai_rows import from_openai
-from deltamem_vllm.batch.rows import parse_row
-from deltamem_vllm.batch.source import Source
+from deltamem_vllm.batch.rows import Result, Row, describe, parse_row
+from deltamem_vllm.batch.source import Source, placed_rows
 from deltamem_vllm.errors import BatchError, RowError
 from tests.batch.rows import chat, mixed_rows, write_jsonl
 
@@ -78,6 +78,44 @@ def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert len({one.key for one in placed}) == len(placed)
 
 
+@pytest.mark.parametrize(
+    ("line", "row_id"),
+    [
+        (r'{"id": "a", "prompt": "half a pair: \ud83d"}', "a"),
+        (r'{"id": "a", "turns": ["\ud83d"]}', "a"),
+        (r'{"id": "a", "messages": [{"role": "user", "content": "\ud83d"}]}', "a"),
+        (r'{"id": "\ud83d", "prompt": "x"}', None),
+        (r'{"id": "a", "prompt": "x", "\ud83d": 1}', "a"),
+        (
+            r'{"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x", "\ud83d": 1}}',
+            None,
+        ),
+        (
+            '{"id": "a", "messages": [{"role": "user", "content": %s}]}' % ("[" * 900 + "]" * 900),
+            "a",
+        ),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_what_json_cannot_hold_is_of_its_row_alone(
+    tmp_path: Path, line: str, row_id: str | None
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n" + json.dumps({"id": "good", "prompt": "x"}) + "\n")
+    bad, good = Source(path)
+    assert bad.problem is not None and bad.problem.id == row_id and bad.problem.error
+    assert good.row is not None
+    # As results are kept, and as rows are sent to engines on Ray.
+    assert Result.model_validate_json(bad.problem.model_dump_json().encode()) == bad.problem
+    assert Row.model_validate_json(good.row.model_dump_json(exclude_unset=True)) == good.row
+
+
+def test_errors_can_be_written_whatever_they_quote() -> None:
+    error = describe(ValueError("no such role:\n'\ud83d'"))
+    assert error == r"no such role: '\ud83d'"
+    assert describe(ValueError()) == "ValueError"
+
+
 def test_parquet_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
@@ -94,6 +132,44 @@ def test_parquet_and_jsonl_hold_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "p" / "bad.parquet").write_bytes(b"PAR1")
     with pytest.raises(BatchError, match=r"bad\.parquet"):
         list(Source(tmp_path / "p"))
+
+
+def test_tables_have_nulls_where_rows_say_nothing() -> None:
+    def row(name: str, **memory: Any) -> dict[str, Any]:
+        body = {"messages": chat(name), "memory": memory}
+        return {"custom_id": name, "url": "/v1/chat/completions", "body": body}
+
+    rows = [row("a", session="s", mode="read_only"), row("b", session="s", ttl=5.0)]
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.Table.from_pylist(rows)
+    placed = placed_rows((one["custom_id"], one) for one in table.to_pylist())
+    assert [one.row for one in placed] == [parse_row(from_openai(one)) for one in rows]
+
+
+def test_damaged_parquet_is_named(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    names = [str(number) for number in range(2000)]
+    parquet.write_table(pyarrow.table({"id": names, "prompt": names}), path)
+    damaged = bytearray(path.read_bytes())
+    damaged[200:400] = b"\xff" * 200
+    path.write_bytes(damaged)
+    with pytest.raises(BatchError, match=r"rows\.parquet: is not valid Parquet"):
+        list(Source(path))
+    # A column of text whose bytes are none.
+    offsets = pyarrow.array([0, 2], pyarrow.int32()).buffers()[1]
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, offsets, pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    parquet.write_table(pyarrow.table({"id": ["a"], "prompt": text}), path)
+    with pytest.raises(BatchError, match=r"rows\.parquet: is not valid Parquet"):
+        list(Source(path))
+    content = [{"id": "a", "messages": [{"role": "user", "content": b"\xff"}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    (placed,) = Source(path)
+    assert placed.problem is not None and "cannot be written" in str(placed.problem.error)
 
 
 def test_openai_rows_mean_the_same() -> None:

@@ -74,6 +74,8 @@ def test_replicas_that_a_configuration_adds_are_checked_too() -> None:
         ({"model": ""}, "model"),
         ({"store": "mysql://x"}, "store"),
         ({"num_replicas": 0}, "num_replicas"),
+        ({"num_replicas": "0"}, "num_replicas"),
+        ({"num_replicas": "-1"}, "num_replicas"),
         ({"num_replica": 2}, "num_replica"),
         ({"num_replicas": 2, "autoscaling_config": {"max_replicas": 2}}, "not both"),
         ({"flags": "--port 8000"}, "Ray Serve"),
@@ -93,6 +95,12 @@ def test_messages_hide_passwords_and_variables() -> None:
     with pytest.raises(SettingsError) as caught:
         arguments(store="redos://me:secret@host/0", environment={"DELTAMEM_X": "secret"})
     assert "secret" not in str(caught.value)
+
+
+def test_what_is_missing_is_named_without_the_rest() -> None:
+    with pytest.raises(SettingsError) as caught:
+        ServeArguments(model="m", environment={"HF_TOKEN": "secret"})
+    assert str(caught.value).endswith("not valid: store: Field required")
     given = {"model": "m", "store": "redis://me:secret@host/0", "environment": {"DELTAMEM_X": "1"}}
     with pytest.raises(ValueError, match="DELTAMEM_X") as shown:
         ServeArguments.model_validate(given)  # as Serve does
