@@ -42,7 +42,11 @@ def build(arguments: ServeArguments) -> serve.Application:
     values = arguments.model_dump(mode="json")
     replica = serve.ingress()(MemoryReplica)
     deployment = serve.deployment(replica, name=DEPLOYMENT)
-    return deployment.options(**options(arguments)).bind(values)
+    chosen = options(arguments)
+    try:
+        return deployment.options(**chosen).bind(values)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"deployment: Serve does not take its options: {error}") from None
 
 
 def options(arguments: ServeArguments) -> dict[str, Any]:
@@ -77,8 +81,8 @@ def options(arguments: ServeArguments) -> dict[str, Any]:
 
 
 def _resources(arguments: ServeArguments, given: dict[str, Any]) -> dict[str, Any]:
-    actor = dict(given.pop("ray_actor_options", {}))
-    runtime_env = dict(actor.pop("runtime_env", {}))
+    actor = dict(given.pop("ray_actor_options", None) or {})
+    runtime_env = dict(actor.pop("runtime_env", None) or {})
     runtime_env["env_vars"] = {**runtime_env.get("env_vars", {}), **arguments.environment}
     actor = {"num_cpus": 1, **actor, "runtime_env": runtime_env}
     if arguments.uses_ray_executor and "placement_group_bundles" not in given:
@@ -111,7 +115,7 @@ def _check_machines(arguments: ServeArguments) -> None:
     """A store of one machine needs all replicas there."""
     if arguments.most_replicas <= 1 or not arguments.is_on_one_machine:
         return
-    actor = arguments.deployment.get("ray_actor_options", {})
+    actor = arguments.deployment.get("ray_actor_options") or {}
     if "label_selector" in actor or "resources" in actor or not ray.is_initialized():
         return
     nodes = [node for node in ray.nodes() if node["Alive"]]

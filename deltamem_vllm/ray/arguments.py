@@ -20,6 +20,8 @@ from pydantic import (
     model_validator,
 )
 
+from ray.serve.config import AutoscalingConfig
+
 from deltamem_vllm.api.settings import (
     NO_STORE,
     ServerSettings,
@@ -139,6 +141,18 @@ class ServeArguments(BaseModel):
             given = int(given)
         if isinstance(given, int) and not isinstance(given, bool) and given < 1:
             raise ValueError("expected at least 1, or auto")
+        return given
+
+    @field_validator("autoscaling_config")
+    @classmethod
+    def _serves_own(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            try:
+                AutoscalingConfig(**given)
+            except ValidationError as error:
+                first = error.errors()[0]
+                name = ".".join(map(str, first["loc"])) or "it"
+                raise ValueError(f"{name}: {first['msg']}") from None
         return given
 
     @field_validator("store")

@@ -84,11 +84,24 @@ def test_replicas_that_a_configuration_adds_are_checked_too() -> None:
         ({"environment": {"DELTAMEM_STORE": REDIS}}, "argument store"),
         ({"environment": {"DELTAMEM_LEASE_SECOND": "5"}}, "no such setting"),
         ({"deployment": "{"}, "deployment"),
+        ({"autoscaling_config": {"max_replicas": None}}, "max_replicas: Input should be"),
     ],
 )
 def test_what_is_wrong_is_named(values: dict[str, Any], says: str) -> None:
     with pytest.raises(SettingsError, match=says):
         arguments(**values)
+
+
+@pytest.mark.parametrize(
+    "given", [{"nosuch": 1}, {"max_ongoing_requests": "x"}, {"ray_actor_options": {"nosuch": 1}}]
+)
+def test_options_that_serve_does_not_know_are_named(given: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError, match=next(iter(given))):
+        build(arguments(deployment=given))
+
+
+def test_options_may_be_null() -> None:
+    assert options(arguments(deployment={"ray_actor_options": None}))["ray_actor_options"]
 
 
 def test_messages_hide_passwords_and_variables() -> None:
