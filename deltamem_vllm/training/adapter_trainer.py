@@ -10,17 +10,18 @@ accepts and any tokenizer will do.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from deltamem_vllm.training.attached import AttachedMemory
+from deltamem_vllm.training.attached import AttachedMemory, SpanPlan
 from deltamem_vllm.training.encoding import (
     IGNORED_BLOCK,
     EncodedAnswer,
+    SpanLayout,
     block_attention_mask,
     pad_rows,
     weighted_loss,
@@ -34,16 +35,21 @@ class EncodedHistory:
 
     Each chunk is written without the KV of the chunks before it, from position 0, as a served
     session writes its turns; a single chunk is a history written in one go. `weights` are the loss
-    weights of predicting each token of `chunks` (0 for all but replies).
+    weights of predicting each token of `chunks` (0 for all but replies). `layout` says, over all
+    chunks, which tokens an adapter writes together that writes by spans.
     """
 
     chunks: list[list[int]]
     weights: list[list[float]]
     questions: list[EncodedAnswer]
+    layout: SpanLayout | None = None
 
 
 class AdapterBatch(NamedTuple):
-    """Padded histories [B, T] and questions [N, Q]; `owner` [N] is each question's history."""
+    """Padded histories [B, T] and questions [N, Q]; `owner` [N] is each question's history.
+
+    The plans are there for an adapter that writes by spans, where every row has a layout.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -53,10 +59,18 @@ class AdapterBatch(NamedTuple):
     question_blocks: Tensor
     question_weights: Tensor
     owner: Tensor
+    plan: SpanPlan | None = None
+    question_plan: SpanPlan | None = None
 
     def to(self, device: torch.device) -> "AdapterBatch":
         """The same batch on a device."""
-        return AdapterBatch(*(tensor.to(device) for tensor in self))
+
+        def moved(part: Tensor | SpanPlan | None) -> Any:
+            if isinstance(part, SpanPlan):
+                return SpanPlan(*map(moved, part))
+            return None if part is None else part.to(device)
+
+        return AdapterBatch(*map(moved, self))
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,19 @@ def collate(histories: Sequence[EncodedHistory], pad: int) -> AdapterBatch:
             [[0.0] * len(q.prompt) + q.weights for _, q in questions], 0.0, torch.float32
         ),
         owner=torch.tensor([row for row, _ in questions]),
+        plan=_span_plan([history.layout for history in histories]),
+        question_plan=_span_plan([q.layout for _, q in questions]),
+    )
+
+
+def _span_plan(layouts: Sequence[SpanLayout | None]) -> SpanPlan | None:
+    """The rows' layouts as one; None unless all rows have one. Padding writes nothing."""
+    known = [layout for layout in layouts if layout is not None]
+    if len(known) < len(layouts):
+        return None
+    return SpanPlan(
+        segments=pad_rows([layout.segments for layout in known], 0, torch.long),
+        spans=pad_rows([layout.spans for layout in known], -1, torch.long),
     )
 
 
@@ -108,8 +135,9 @@ def write_histories(model: PreTrainedModel, memory: AttachedMemory, batch: Adapt
     memory.reset()
     memory.write_enabled = True
     memory.token_mask = batch.blocks != IGNORED_BLOCK
+    memory.spans = batch.plan if memory.writes_spans else None
     hidden = _hidden(model, batch.ids, batch.positions, batch.blocks)
-    memory.token_mask = None
+    memory.token_mask = memory.spans = None
     return hidden
 
 
@@ -124,9 +152,11 @@ def ask_questions(
     states = memory.states
     memory.load_states({layer: state[batch.owner] for layer, state in states.items()})
     memory.write_enabled = writes
+    memory.spans = batch.question_plan if memory.writes_spans else None
     ids = batch.question_ids
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = _hidden(model, ids, positions, batch.question_blocks)
+    memory.spans = None
     memory.load_states(states)
     return hidden
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
-from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.config import DeltaMemConfig, WriteGranularity
 from deltamem_vllm.demo.tokenizer import build_tokenizer, save_tokenizer
 from deltamem_vllm.training.adapter_trainer import AdapterTraining, train_adapter
 from deltamem_vllm.training.attached import AttachedMemory, attach
@@ -50,7 +50,7 @@ class AdapterPlan:
     seed: int = 0
 
 
-def _config(state_heads: int) -> DeltaMemConfig:
+def _config(state_heads: int, granularity: WriteGranularity = "token") -> DeltaMemConfig:
     """Rank 8 on q and o. `no_lambda` keeps what a write does not replace: under the standard rule
     each write fades the rows it touches, and a second fact was hardly ever learned."""
     return DeltaMemConfig(
@@ -63,6 +63,7 @@ def _config(state_heads: int) -> DeltaMemConfig:
         # Output weights of standard deviation 0.3; at 0.05 learning is far slower.
         online_gain=1.47 * state_heads**0.5,
         beta_bias_init=-1.0,
+        memory_write_granularity=granularity,
     )
 
 
@@ -140,6 +141,14 @@ ADAPTERS = {
             _first(max_facts=8, hold=0.25, ramp_end=0.8, untold=0.12, reply_share=0.1),
             _further(700, 10, untold=0.08, learning_rate=6e-3, reply_share=0.05, seed=1),
             _further(750, 13, untold=0.06, learning_rate=8e-3, reply_share=0.02, seed=2),
+            _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
+        ),
+    ),
+    "ssw": AdapterPlan(
+        _config(1, "message_mean"),
+        (
+            _first(max_facts=8, hold=0.25, ramp_end=0.8, untold=0.12, reply_share=0.05),
+            _further(800, 12, untold=0.08, learning_rate=8e-3, reply_share=0.02, seed=2),
             _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
         ),
     ),
