@@ -8,9 +8,9 @@ accepts and any tokenizer will do.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from deltamem_vllm.training.encoding import (
     weighted_loss,
 )
 from deltamem_vllm.training.schedule import learning_rate_share
+
+ADAM_STATE: Final = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,84 @@ def adapter_loss(
     return loss
 
 
+class AdapterStepper:
+    """Takes optimizer steps on a memory's parameters; the backbone is frozen and stays so.
+
+    Args:
+        model: the backbone.
+        memory: attached to it.
+        plan: the learning rate over the steps, and all else that decides a step.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, memory: AttachedMemory, plan: AdapterTraining
+    ) -> None:
+        model.requires_grad_(False)
+        model.eval()
+        self._model, self._memory, self._plan = model, memory, plan
+        self._parameters = {
+            name: each for name, each in memory.named_parameters() if each.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=plan.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=plan.weight_decay,
+        )
+        self.done = 0
+        """Steps taken so far; those of a run that was gone on with count."""
+
+    def step(self, batches: Sequence[AdapterBatch], writing_questions: bool = False) -> float:
+        """One step on the mean gradient of the batches; returns their mean loss."""
+        plan = self._plan
+        share = learning_rate_share(self.done, plan.steps, plan.warmup, plan.final_share)
+        for group in self._optimizer.param_groups:
+            group["lr"] = plan.learning_rate * share
+        self._optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            on_device = batch.to(self._model.device)
+            loss = adapter_loss(
+                self._model, self._memory, on_device, plan.reply_share, writing_questions
+            )
+            torch.autograd.backward(loss / len(batches))
+            total += loss.item() / len(batches)
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), plan.max_gradient)
+        self._optimizer.step()
+        self.done += 1
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and the optimizer's state, by name, on the CPU."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            found[f"parameter.{name}"] = parameter.detach()
+            for kind, value in self._optimizer.state[parameter].items():
+                found[f"{kind}.{name}"] = value
+        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        """Goes on after step `done`, from what `tensors` gave then.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
+        self.done = done
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+        if done:
+            self._optimizer.load_state_dict(
+                {
+                    "state": {
+                        number: {kind: tensors[f"{kind}.{name}"] for kind in ADAM_STATE}
+                        for number, name in enumerate(self._parameters)
+                    },
+                    "param_groups": self._optimizer.state_dict()["param_groups"],
+                }
+            )
+
+
 def train_adapter(
     model: PreTrainedModel,
     memory: AttachedMemory,
@@ -186,29 +267,14 @@ def train_adapter(
     checkpoint_every: int = 200,
 ) -> None:
     """Trains the memory's parameters in place; the backbone is frozen and stays so."""
-    model.requires_grad_(False)
-    model.eval()
-    parameters = [p for p in memory.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: learning_rate_share(step, plan.steps, plan.warmup, plan.final_share),
-    )
+    stepper = AdapterStepper(model, memory, plan)
     rng = random.Random(plan.seed)
     progress = tqdm(range(plan.steps), desc="adapter", mininterval=5.0)
     smooth = 0.0
     for step in progress:
         writing = rng.random() < plan.writing_questions_share
-        batch = next(batches).to(model.device)
-        loss = adapter_loss(model, memory, batch, plan.reply_share, writing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, plan.max_gradient)
-        optimizer.step()
-        schedule.step()
-        smooth = loss.item() if step == 0 else 0.97 * smooth + 0.03 * loss.item()
+        loss = stepper.step([next(batches)], writing)
+        smooth = loss if step == 0 else 0.97 * smooth + 0.03 * loss
         progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
         if checkpoint is not None and (step + 1) % checkpoint_every == 0:
             checkpoint(step + 1)
