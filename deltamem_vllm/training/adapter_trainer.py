@@ -174,10 +174,34 @@ def adapter_loss(
     """Loss of the answers from memory, plus `reply_share` times that of the history's replies."""
     history = write_histories(model, memory, batch)
     answers = ask_questions(model, memory, batch, writing_questions)
-    loss = _next_token_loss(model, answers, batch.question_ids, batch.question_weights)
+    loss = weighted_answer_loss(model, answers, batch)
     if reply_share > 0:
         loss = loss + reply_share * _next_token_loss(model, history, batch.ids, batch.weights)
     return loss
+
+
+def weighted_answer_loss(model: PreTrainedModel, hidden: Tensor, batch: AdapterBatch) -> Tensor:
+    """Loss of the answers, from what `ask_questions` returned."""
+    return _next_token_loss(model, hidden, batch.question_ids, batch.question_weights)
+
+
+def greedy_matches(
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> list[bool]:
+    """Whether, in each row, every token with a weight is the most likely one given those before
+    it: exactly when greedy decoding yields the answer.
+
+    Args:
+        model: the backbone, for its vocabulary projection.
+        hidden: [N, T, hidden], the last hidden states of `ids`.
+        ids: [N, T].
+        weights: [N, T]; 0 for tokens that do not count.
+    """
+    chosen = weights[:, 1:] > 0
+    greedy = model.get_output_embeddings()(hidden[:, :-1][chosen]).argmax(-1)
+    wrong = torch.zeros_like(chosen)
+    wrong[chosen] = greedy != ids[:, 1:][chosen]
+    return [not any_wrong for any_wrong in wrong.any(1).tolist()]
 
 
 class AdapterStepper:
