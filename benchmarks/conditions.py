@@ -69,27 +69,57 @@ class Ways:
     segment_tokens: int | None = None
 
 
-def answers(llm: Any, condition: Condition, cases: Sequence[Case], ways: Ways) -> list[list[Reply]]:
+def write(llm: Any, cases: Sequence[Case], ways: Ways) -> list[str]:
+    """Write each case's history into a session of its own; its text and KV are gone then.
+
+    Returns:
+        The sessions' names. Those of an earlier call are deleted.
+    """
+    for name in list(llm.sessions):
+        del llm.sessions[name]
+    names = [f"case {number}" for number in range(len(cases))]
+    llm.ingest(
+        names,
+        [[dict(message) for message in case.history] for case in cases],
+        segment_tokens=ways.segment_tokens,
+        use_tqdm=False,
+    )
+    llm.reset_prefix_cache()
+    return names
+
+
+def answers(
+    llm: Any,
+    condition: Condition,
+    cases: Sequence[Case],
+    ways: Ways,
+    sessions: Sequence[str] = (),
+) -> list[list[Reply]]:
     """Greedy answers to every question of every case.
 
     Args:
-        llm: a `MemoryLLM`; sessions of an earlier call are deleted.
+        llm: a `MemoryLLM`.
         condition: what the answers may rest on.
         cases: at least two for `other`.
         ways: how much is shown.
+        sessions: what `write` returned for these cases; for conditions with a memory.
     """
-    from deltamem_vllm.memory import OFF
-
-    prompts, memories, owners = [], [], []
-    sessions = _write(llm, condition, cases, ways) if condition in FROM_MEMORY else []
-    for number, case in enumerate(cases):
-        for question in case.questions:
-            prompts.append(_prompt(llm, condition, case, question, ways))
-            owners.append(number)
-            donor = (number + 1) % len(cases) if condition == "other" else number
-            memories.append(sessions[donor] if sessions else OFF)
     from vllm import SamplingParams
 
+    from deltamem_vllm import Memory
+    from deltamem_vllm.memory import OFF
+
+    window = {"messages": ways.window} if condition == "window+memory" else None
+    prompts, memories, owners = [], [], []
+    for number, case in enumerate(cases):
+        memory = OFF
+        if condition in FROM_MEMORY:
+            donor = (number + 1) % len(cases) if condition == "other" else number
+            memory = Memory(session=sessions[donor], mode="read_only", window=window)
+        for question in case.questions:
+            prompts.append(_prompt(llm, condition, case, question, ways))
+            memories.append(memory)
+            owners.append(number)
     params = SamplingParams(temperature=0, max_tokens=ways.max_tokens)
     outputs = llm.chat(prompts, params, memory=memories, use_tqdm=False)
     found: list[list[Reply]] = [[] for _ in cases]
@@ -178,21 +208,3 @@ def _newest(case: Case, ways: Ways) -> Sequence[Message]:
     while start > 0 and case.history[start]["role"] != "user":
         start -= 1
     return case.history[start:]
-
-
-def _write(llm: Any, condition: Condition, cases: Sequence[Case], ways: Ways) -> list[Any]:
-    """Write each case's history into a session of its own; the memory that each one asks."""
-    from deltamem_vllm import Memory
-
-    for name in list(llm.sessions):
-        del llm.sessions[name]
-    names = [f"case {number}" for number in range(len(cases))]
-    llm.ingest(
-        names,
-        [[dict(message) for message in case.history] for case in cases],
-        segment_tokens=ways.segment_tokens,
-        use_tqdm=False,
-    )
-    llm.reset_prefix_cache()
-    window = {"messages": ways.window} if condition == "window+memory" else None
-    return [Memory(session=name, mode="read_only", window=window) for name in names]

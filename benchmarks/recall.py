@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ if not __package__:  # started as a file, not with `python -m`
 from rich.table import Table
 
 from benchmarks.common import console, environment, parser, progress, write_json
-from benchmarks.conditions import CONDITIONS, FROM_TEXT, Condition, Ways, answers
+from benchmarks.conditions import (
+    CONDITIONS,
+    FROM_MEMORY,
+    FROM_TEXT,
+    Condition,
+    Ways,
+    answers,
+    write,
+)
 from benchmarks.recall_groups import FURTHER, MAIN, Group, cases_of
 from benchmarks.records import Estimate, Records, bootstrap
 
@@ -87,36 +96,39 @@ def jobs_of(
             [
                 Job(TEXT if condition in FROM_TEXT else adapter, condition, group, seed)
                 for group in groups
-                for condition in conditions
                 for seed in range(seeds)
+                for condition in conditions
             ],
         )
 
 
 def run_jobs(llm: Any, jobs: Sequence[Job], records: Records, count: int) -> None:
-    """Ask what has no result yet."""
-    for job in jobs:
-        if job.key in records:
-            continue
-        cases, expected = cases_of(job.group, count, job.seed)
-        begin = time.perf_counter()
-        replies = [each[0] for each in answers(llm, job.condition, cases, WAYS)]
-        right = [reply.text == answer for reply, answer in zip(replies, expected, strict=True)]
-        records.add(
-            {
-                "key": job.key,
-                "adapter": job.adapter,
-                "condition": job.condition,
-                "group": job.group.name,
-                "seed": job.seed,
-                "right": "".join("01"[one] for one in right),
-                "prompt_tokens": sum(reply.prompt_tokens for reply in replies) / count,
-            }
-        )
-        progress.print(
-            f"{job.key}: {sum(right) / count:.3f} ({time.perf_counter() - begin:.1f} s)",
-            highlight=False,
-        )
+    """Ask what has no result yet. Jobs of one group and seed, in a row, share what is written."""
+    left = [job for job in jobs if job.key not in records]
+    for (group, seed), some in groupby(left, key=lambda job: (job.group, job.seed)):
+        cases, expected = cases_of(group, count, seed)
+        sessions: list[str] = []
+        for job in some:
+            begin = time.perf_counter()
+            if job.condition in FROM_MEMORY and not sessions:
+                sessions = write(llm, cases, WAYS)
+            replies = [each[0] for each in answers(llm, job.condition, cases, WAYS, sessions)]
+            right = [reply.text == answer for reply, answer in zip(replies, expected, strict=True)]
+            records.add(
+                {
+                    "key": job.key,
+                    "adapter": job.adapter,
+                    "condition": job.condition,
+                    "group": job.group.name,
+                    "seed": job.seed,
+                    "right": "".join("01"[one] for one in right),
+                    "prompt_tokens": sum(reply.prompt_tokens for reply in replies) / count,
+                }
+            )
+            progress.print(
+                f"{job.key}: {sum(right) / count:.3f} ({time.perf_counter() - begin:.1f} s)",
+                highlight=False,
+            )
 
 
 def estimates(records: Records) -> dict[tuple[str, str, str], Estimate]:

@@ -39,13 +39,25 @@ class EncodedHistory:
     Each chunk is written without the KV of the chunks before it, from position 0, as a served
     session writes its turns; a single chunk is a history written in one go. `weights` are the loss
     weights of predicting each token of `chunks` (0 for all but replies). `layout` says, over all
-    chunks, which tokens an adapter writes together that writes by spans.
+    chunks, which tokens an adapter writes together that writes by spans; for all others `silent` is
+    how many tokens at each chunk's beginning are read and not written (none says that there are
+    none).
     """
 
     chunks: list[list[int]]
     weights: list[list[float]]
     questions: list[EncodedAnswer]
     layout: SpanLayout | None = None
+    silent: tuple[int, ...] = ()
+
+    def written(self) -> list[bool]:
+        """Whether each token of the chunks writes, where each writes by itself."""
+        silent = self.silent or (0,) * len(self.chunks)
+        return [
+            place >= before
+            for chunk, before in zip(self.chunks, silent, strict=True)
+            for place in range(len(chunk))
+        ]
 
 
 class AdapterBatch(NamedTuple):
@@ -57,6 +69,7 @@ class AdapterBatch(NamedTuple):
     ids: Tensor
     positions: Tensor
     blocks: Tensor
+    written: Tensor
     weights: Tensor
     question_ids: Tensor
     question_blocks: Tensor
@@ -110,6 +123,7 @@ def collate(histories: Sequence[EncodedHistory], pad: int) -> AdapterBatch:
         ids=pad_rows(ids, pad, torch.long),
         positions=pad_rows(positions, 0, torch.long),
         blocks=pad_rows(blocks, IGNORED_BLOCK, torch.long),
+        written=pad_rows([history.written() for history in histories], False, torch.bool),
         weights=pad_rows(weights, 0.0, torch.float32),
         question_ids=pad_rows(question_rows, pad, torch.long),
         question_blocks=pad_rows([[0] * len(r) for r in question_rows], IGNORED_BLOCK, torch.long),
@@ -137,7 +151,7 @@ def write_histories(model: PreTrainedModel, memory: AttachedMemory, batch: Adapt
     """Writes all histories into an empty memory. Returns the last hidden states [B, T, hidden]."""
     memory.reset()
     memory.write_enabled = True
-    memory.token_mask = batch.blocks != IGNORED_BLOCK
+    memory.token_mask = batch.written
     memory.spans = batch.plan if memory.writes_spans else None
     hidden = _hidden(model, batch.ids, batch.positions, batch.blocks)
     memory.token_mask = memory.spans = None

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_vllm.api.boundaries import common_prefix
+from deltamem_vllm.api.boundaries import common_prefix, split_boundary
 from deltamem_vllm.api.spans import SpanFinder
 from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.errors import DeltaMemError, TrainingDataError
@@ -31,6 +31,7 @@ class _Rendered:
     tokens: list[int]
     weights: list[float]  # 1 for a reply's tokens
     spans: list[tuple[int, int]]  # written together; empty for an adapter that writes by token
+    silent: int  # tokens at the beginning that are not written: the system message's
 
 
 class TemplateEncoder:
@@ -90,19 +91,27 @@ class TemplateEncoder:
             ) from None
 
     def _history(self, conversation: MarkedConversation, mode: ChatMode) -> EncodedHistory:
-        parts = [conversation.history] if mode == "joint" else conversation.turns()
+        system = conversation.system
+        whole = [*system, *conversation.history]
+        parts = [whole] if mode == "joint" else [[*system, *t] for t in conversation.turns()]
         chunks: list[list[int]] = []
         weights: list[list[float]] = []
+        silent: list[int] = []
         layout = SpanLayout()
         for part in parts:
             rendered = self._rendered(part)
-            for begin, end in self._cuts(rendered):
+            # An ingest is not even shown the system's message.
+            shown_from = rendered.silent if mode == "joint" else 0
+            for begin, end in self._cuts(rendered, shown_from):
+                silent.append(min(max(0, rendered.silent - begin), end - begin))
                 chunks.append(rendered.tokens[begin:end])
                 weights.append(rendered.weights[begin:end])
                 spans = [(a - begin, b - begin) for a, b in rendered.spans if begin <= a < end]
                 layout.together(end - begin, spans)
-        questions = [self._question(*pair) for pair in conversation.questions]
-        return EncodedHistory(chunks, weights, questions, layout if self._finder else None)
+        questions = [self._question(system, *pair) for pair in conversation.questions]
+        return EncodedHistory(
+            chunks, weights, questions, layout if self._finder else None, tuple(silent)
+        )
 
     def _rendered(self, messages: Messages) -> _Rendered:
         tokens = self._render(messages)
@@ -114,13 +123,26 @@ class TemplateEncoder:
                 end = common_prefix(after, tokens)
                 if common_prefix(before, tokens) == len(before) and end > len(before):
                     weights[len(before) : end] = [1.0] * (end - len(before))
-        return _Rendered(tokens, weights, self._spans(messages))
+        return _Rendered(tokens, weights, self._spans(messages), self._silent(messages, tokens))
+
+    def _silent(self, messages: Messages, tokens: Sequence[int]) -> int:
+        """How many tokens come before the first message that is not the system's."""
+        first = next((at for at, one in enumerate(messages) if one.role != "system"), 0)
+        dicts = [message.as_dict() for message in messages]
+        return split_boundary(
+            self._render_dicts,
+            dicts[:first],
+            (),
+            dicts[first:],
+            add_generation_prompt=False,
+            prompt=tokens,
+        )
 
     def _spans(self, messages: Messages) -> list[tuple[int, int]]:
         if self._finder is None:
             return []
         found = self._finder.find_all(
-            lambda some, add_generation_prompt: self._render_dicts(some, add_generation_prompt),
+            self._render_dicts,
             None,
             [message.as_dict() for message in messages],
             add_generation_prompt=False,
@@ -130,12 +152,12 @@ class TemplateEncoder:
             raise TrainingDataError("no message of it has anything to write")
         return list(found)
 
-    def _cuts(self, rendered: _Rendered) -> list[tuple[int, int]]:
-        """The rendered tokens in segments; never within a span."""
+    def _cuts(self, rendered: _Rendered, start: int) -> list[tuple[int, int]]:
+        """The rendered tokens from `start` on in segments; never within a span."""
         size, length = self._segment_tokens, len(rendered.tokens)
         if self._finder is None:
-            return [(begin, min(begin + size, length)) for begin in range(0, length, size)]
-        cuts, begin, end = [], 0, 0
+            return [(begin, min(begin + size, length)) for begin in range(start, length, size)]
+        cuts, begin, end = [], start, start
         for span_end in [*(span[1] for span in rendered.spans[:-1]), length]:
             if span_end - begin > size and end > begin:
                 cuts.append((begin, end))
@@ -148,9 +170,11 @@ class TemplateEncoder:
             end = span_end
         return [*cuts, (begin, length)]
 
-    def _question(self, asked: TrainingMessage, answer: TrainingMessage) -> EncodedAnswer:
-        prompt = self._render([asked], add_generation_prompt=True)
-        text = self._text([asked, answer])
+    def _question(
+        self, system: Messages, asked: TrainingMessage, answer: TrainingMessage
+    ) -> EncodedAnswer:
+        prompt = self._render([*system, asked], add_generation_prompt=True)
+        text = self._text([*system, asked, answer])
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = list(encoded["input_ids"])
         if tokens[: len(prompt)] != prompt:
@@ -170,7 +194,7 @@ class TemplateEncoder:
         layout = None
         if self._finder is not None:
             layout = SpanLayout()
-            layout.together(len(prompt), self._spans([asked]))
+            layout.together(len(prompt), self._spans([*system, asked]))
             layout.one_by_one(end - len(prompt))
         return EncodedAnswer(prompt, tokens[len(prompt) : end], weights, layout)
 
@@ -184,9 +208,9 @@ class TemplateEncoder:
 
     def _render(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
         dicts = [message.as_dict() for message in messages]
-        return self._render_dicts(dicts, add_generation_prompt)
+        return self._render_dicts(dicts, add_generation_prompt=add_generation_prompt)
 
-    def _render_dicts(self, messages: Sequence[Any], add_generation_prompt: bool) -> list[int]:
+    def _render_dicts(self, messages: Sequence[Any], *, add_generation_prompt: bool) -> list[int]:
         if not messages:
             return []
         return list(

@@ -6,7 +6,8 @@
       {"role": "user", "content": "What is my cat called?", "ask": true},
       {"role": "assistant", "content": "Your cat is called Miro.", "value": "Miro"}]}
 
-What is not marked is the history: it is written into the memory, and its text removed. A user
+What is not marked is the history: it is written into the memory, and its text removed. A system
+message may come first; as in serving, it is shown with every turn and is not written. A user
 message with `"ask": true` is a question; the assistant's message behind it is the answer to learn.
 Questions stand at the end, at least one, and each is asked by itself: none sees another. `value`,
 if given, is the part of an answer that only the history tells; its tokens weigh more in the loss.
@@ -48,7 +49,12 @@ class TrainingMessage(BaseModel):
 class MarkedConversation:
     """A history and the questions about it."""
 
+    system: tuple[TrainingMessage, ...]
+    """At most one message: shown with every turn and every question, never written."""
+
     history: tuple[TrainingMessage, ...]
+    """User and assistant messages."""
+
     questions: tuple[tuple[TrainingMessage, TrainingMessage], ...]
     where: str
     """File and line, for errors."""
@@ -113,7 +119,8 @@ def parse(line: bytes, where: str) -> MarkedConversation:
     if problem := _problem(history, asked):
         raise TrainingDataError(f"{where}: {problem}")
     pairs = zip(asked[::2], asked[1::2], strict=True)
-    return MarkedConversation(tuple(history), tuple(pairs), where)
+    told = sum(message.role == "system" for message in history)
+    return MarkedConversation(tuple(history[:told]), tuple(history[told:]), tuple(pairs), where)
 
 
 def _problem(history: Sequence[TrainingMessage], asked: Sequence[TrainingMessage]) -> str | None:
@@ -135,6 +142,8 @@ def _problem(history: Sequence[TrainingMessage], asked: Sequence[TrainingMessage
     if len(asked) % 2:
         return "the last question has no answer"
     for offset, message in enumerate([*history, *asked]):
+        if offset and message.role == "system":
+            return f"messages.{offset}: a system message comes first, and once"
         if not message.content.strip():
             return f"messages.{offset}: content is empty"
         is_answer = offset > len(history) and (offset - len(history)) % 2 == 1

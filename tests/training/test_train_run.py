@@ -159,6 +159,10 @@ def broken_lines() -> dict[str, tuple[Any, str]]:
         "no answer": ({"messages": [told, ask]}, "the last question has no answer"),
         "asked twice": ({"messages": [told, ask, ask]}, "messages.2: the question before it"),
         "told behind": ({"messages": [told, ask, answer, told]}, "messages.3: after the first"),
+        "late system": (
+            {"messages": [told, {**told, "role": "system"}, ask, answer]},
+            "messages.1: a system message comes first",
+        ),
         "value told": ({"messages": [{**told, "value": "Miro"}, ask, answer]}, "messages.0: value"),
         "other value": (
             {"messages": [told, ask, {**answer, "value": "Nori"}]},
@@ -234,7 +238,7 @@ def same_by_hand(conversation: Conversation, mode: ChatMode) -> None:
 def test_a_template_gives_the_tokens_and_spans_that_the_demo_encodes_by_hand(
     mode: ChatMode,
 ) -> None:
-    for conversation in conversations(12, seed=3, max_facts=5, system_share=0.5):
+    for conversation in conversations(12, seed=3, max_facts=5, system_share=0.0):
         same_by_hand(conversation, mode)
 
 
@@ -251,3 +255,24 @@ def test_a_long_history_is_cut_between_messages() -> None:
     assert all(cut.layout.spans[start] == 0 for start in starts)
     by_token = encoder_of("token", segment_tokens=30).history(one, "joint")
     assert {len(chunk) for chunk in by_token.chunks[:-1]} == {30}
+
+
+@pytest.mark.parametrize("granularity", ["token", "message_mean"])
+def test_a_system_message_is_shown_with_every_turn_and_never_written(granularity: Any) -> None:
+    (conversation,) = conversations(1, seed=6, max_facts=3, system_share=1.0)
+    line = json.dumps(marked(conversation)).encode()
+    encoder, one = encoder_of(granularity), parse(line, "here")
+    system = ChatEncoder(AutoTokenizer.from_pretrained(model_dir())).message(
+        conversation.messages[0]
+    )
+    turns, joint = (encoder.history(one, mode) for mode in ("turns", "joint"))
+    for chunk in (*turns.chunks, *(question.prompt for question in turns.questions)):
+        assert chunk[: len(system)] == system
+    assert joint.chunks[0][: len(system)] != system
+    told = sum(len(chunk) - len(system) for chunk in turns.chunks)
+    assert len(joint.chunks[0]) == told
+    for history in (turns, joint):
+        if history.layout is not None:
+            assert sum(place >= 0 for place in history.layout.spans) == told
+        else:
+            assert sum(history.written()) == told
