@@ -131,10 +131,13 @@ def run_jobs(llm: Any, jobs: Sequence[Job], records: Records, count: int) -> Non
             )
 
 
-def estimates(records: Records) -> dict[tuple[str, str, str], Estimate]:
+def estimates(records: Records, groups: Sequence[Group]) -> dict[tuple[str, str, str], Estimate]:
     """Share of right answers by adapter, condition and group, over all seeds."""
+    names = {group.name for group in groups}
     scores: dict[tuple[str, str, str], list[float]] = {}
     for record in records.all():
+        if record["group"] not in names:
+            continue
         cell = (record["adapter"], record["condition"], record["group"])
         scores.setdefault(cell, []).extend(float(one) for one in record["right"])
     return {cell: bootstrap(values) for cell, values in scores.items()}
@@ -175,6 +178,20 @@ def table(found: Mapping[tuple[str, str, str], Estimate], groups: Sequence[Group
     return result
 
 
+def groups_of(names: str) -> tuple[Group, ...]:
+    """Groups by their names.
+
+    Raises:
+        SystemExit: one is unknown.
+    """
+    known = {group.name: group for group in (*MAIN, *FURTHER)}
+    asked = [name.strip() for name in names.split(",")]
+    unknown = [name for name in asked if name not in known]
+    if unknown:
+        raise SystemExit(f"--groups: no {', '.join(unknown)}; known: {', '.join(known)}")
+    return tuple(known[name] for name in asked)
+
+
 def engine(adapter: str) -> Any:
     """The demo model with one of its adapters."""
     from deltamem_vllm import MemoryLLM
@@ -198,13 +215,18 @@ def main() -> None:
         default="msw,tsw",
         help="of the demo, or folders, with commas; the first one is summarised (%(default)s)",
     )
+    options.add_argument(
+        "--groups",
+        default=",".join(group.name for group in (*MAIN, *FURTHER)),
+        help="of facts, with commas (%(default)s)",
+    )
     options.add_argument("--questions", type=int, default=510, help="per cell (%(default)s)")
     options.add_argument("--seeds", type=int, default=3, help="that share them (%(default)s)")
     options.add_argument("--lines", type=Path, metavar="FILE", help="keep results, and go on")
     given = options.parse_args()
     adapters = given.adapters.split(",")
     seeds, count = given.seeds, -(-given.questions // given.seeds)
-    groups: tuple[Group, ...] = (*MAIN, *FURTHER)
+    groups = groups_of(given.groups)
     if given.quick:
         seeds, count, groups = 1, 20, MAIN
     # Read by vLLM when it is imported.
@@ -225,7 +247,7 @@ def main() -> None:
             run_jobs(llm, jobs, records, count)
         finally:
             llm.close()
-    found = estimates(records)
+    found = estimates(records, groups)
     console.print(table(found, groups))
     if given.json:
         write_json(given.json, where, records.all(), summary_of(found, adapters))

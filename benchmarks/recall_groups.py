@@ -58,11 +58,9 @@ MAIN: tuple[Group, ...] = (
 
 FURTHER: tuple[Group, ...] = (
     *(Group("told", size) for size in (2, 6, 8, 12, 16)),
-    Group("overwritten", 1),
     Group("overwritten", 8),
-    Group("untold", 1),
     Group("untold", 8),
-    *(Group("distance", turns) for turns in (1, 4, 16, 32)),
+    *(Group("distance", turns) for turns in (4, 16, 32)),
     Group("distractors", 4),
 )
 
