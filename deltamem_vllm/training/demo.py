@@ -7,7 +7,7 @@ CPUs and library versions round differently, so a new run gives a model as good,
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
-from deltamem_vllm.config import DeltaMemConfig, WriteGranularity
+from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.demo.tokenizer import build_tokenizer, save_tokenizer
 from deltamem_vllm.training.adapter_trainer import AdapterTraining, train_adapter
 from deltamem_vllm.training.attached import AttachedMemory, attach
@@ -31,6 +31,9 @@ from deltamem_vllm.training.evaluate import Score, evaluate, table
 
 VOCABULARY = 1300
 """The least at which every value of the demo is one token."""
+
+QUICK_STEPS = 4
+"""Of each part, and conversations per cell, where only the way is tried."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class AdapterPlan:
     seed: int = 0
 
 
-def _config(state_heads: int, granularity: WriteGranularity = "token") -> DeltaMemConfig:
+def _config(state_heads: int) -> DeltaMemConfig:
     """Rank 8 on q and o. `no_lambda` keeps what a write does not replace: under the standard rule
     each write fades the rows it touches, and a second fact was hardly ever learned."""
     return DeltaMemConfig(
@@ -63,7 +66,6 @@ def _config(state_heads: int, granularity: WriteGranularity = "token") -> DeltaM
         # Output weights of standard deviation 0.3; at 0.05 learning is far slower.
         online_gain=1.47 * state_heads**0.5,
         beta_bias_init=-1.0,
-        memory_write_granularity=granularity,
     )
 
 
@@ -144,14 +146,6 @@ ADAPTERS = {
             _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
         ),
     ),
-    "ssw": AdapterPlan(
-        _config(1, "message_mean"),
-        (
-            _first(max_facts=8, hold=0.25, ramp_end=0.8, untold=0.12, reply_share=0.05),
-            _further(800, 12, untold=0.08, learning_rate=8e-3, reply_share=0.02, seed=2),
-            _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
-        ),
-    ),
     "msw": AdapterPlan(
         _config(4),
         (
@@ -164,6 +158,15 @@ ADAPTERS = {
         ),
     ),
 }
+
+
+def quick(plan: AdapterPlan) -> AdapterPlan:
+    """The plan with a few steps a stage."""
+    stages = tuple(
+        Stage(replace(stage.data, steps=QUICK_STEPS), replace(stage.training, steps=QUICK_STEPS))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
 
 
 def load_backbone(directory: Path) -> tuple[Qwen3ForCausalLM, ChatEncoder]:
@@ -221,16 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="parts to make; adapters need the backbone in --out",
     )
     parser.add_argument("--count", type=int, default=300, help="test conversations per cell")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps of each part: tries the way, not the model",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     out: Path = options.out
+    backbone = BackboneTraining(stop_after=QUICK_STEPS) if options.quick else BackboneTraining()
     if "backbone" in options.only:
-        make_backbone(out / "model", BackboneTraining())
+        make_backbone(out / "model", backbone)
     for name, plan in ADAPTERS.items():
         if name in options.only:
-            make_adapter(out / "model", out / "adapters" / name, plan)
+            make_adapter(
+                out / "model", out / "adapters" / name, quick(plan) if options.quick else plan
+            )
     if "evaluate" in options.only:
-        scores = evaluate_all(out, options.count)
+        scores = evaluate_all(out, QUICK_STEPS if options.quick else options.count)
         (out / "results.json").write_text(json.dumps([s.as_dict() for s in scores], indent=1))
         print(table(scores))
 

@@ -21,9 +21,7 @@ WRITE_MODES: tuple[WriteMode, ...] = ("joint", "turns", "pending")
 class AdapterData:
     """The adapter's stream of conversations: a curriculum from one to `max_facts` facts.
 
-    One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`. `modes`
-    are how often each of `WRITE_MODES` is taken; `one_mode` writes all conversations of a batch in
-    the same one, which pads far less where spans are written together.
+    One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`.
     """
 
     steps: int
@@ -36,8 +34,6 @@ class AdapterData:
     foreign_value_share: float = 0.1
     questions: int = 6
     seed: int = 0
-    modes: tuple[int, int, int] = (2, 1, 1)
-    one_mode: bool = False
 
     def mix(self, step: int) -> TrainingMix:
         """The conversations of one step."""
@@ -133,10 +129,7 @@ def adapter_batches(data: AdapterData, encoder: ChatEncoder) -> Iterator[Adapter
         if not waiting:
             waiting = similar_batches(rng, data.mix(step), data.batch)
         conversations = waiting.pop()
-        if data.one_mode:
-            modes = rng.choices(WRITE_MODES, weights=data.modes) * len(conversations)
-        else:
-            modes = rng.choices(WRITE_MODES, weights=data.modes, k=len(conversations))
+        modes = rng.choices(WRITE_MODES, weights=(2, 1, 1), k=len(conversations))
         yield encode_batch(conversations, encoder, modes)
 
 
