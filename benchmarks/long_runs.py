@@ -216,6 +216,8 @@ def _engine(model: str, adapter: str, given: argparse.Namespace) -> Any:
     # Read by vLLM when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if given.model is None:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     warnings.simplefilter("ignore", FutureWarning)
     from deltamem_vllm import MemoryLLM
 
