@@ -47,7 +47,7 @@ $(READY): pyproject.toml
 demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone
 	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
 
-train-demo: $(READY) ## train the demo model anew, into DEMO_OUT, on one core (hours; QUICK=1: a minute)
+train-demo: $(READY) ## train the demo model anew, into DEMO_OUT (long; QUICK=1 tries the way)
 	$(BIN)/python -m deltamem_vllm.training.demo --out $(DEMO_OUT) $(if $(QUICK),--quick)
 
 test: lint redis ## lint, types and all tests but the long sweeps (2 cores, no GPU)

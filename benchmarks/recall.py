@@ -38,6 +38,7 @@ from benchmarks.conditions import (
     answers,
     write,
 )
+from benchmarks.figures import check_plot, figure, save
 from benchmarks.recall_groups import FURTHER, MAIN, Group, cases_of
 from benchmarks.records import Estimate, Records, bootstrap
 
@@ -178,6 +179,29 @@ def table(found: Mapping[tuple[str, str, str], Estimate], groups: Sequence[Group
     return result
 
 
+def plot(found: Mapping[tuple[str, str, str], Estimate], path: Path) -> None:
+    """Right answers over the number of facts told, a line per condition, with intervals."""
+    chart, (axes,) = figure(1, "Recall of the demo model by facts told")
+    for adapter, condition in dict.fromkeys((each[0], each[1]) for each in found):
+        points = sorted(
+            (int(group.removeprefix("told/")), estimate)
+            for (*column, group), estimate in found.items()
+            if column == [adapter, condition] and group.startswith("told/")
+        )
+        if len(points) < 2 or condition in ("nothing", "other"):
+            continue
+        means = [estimate.mean for _, estimate in points]
+        errors = [
+            [estimate.mean - estimate.low for _, estimate in points],
+            [estimate.high - estimate.mean for _, estimate in points],
+        ]
+        label = condition if adapter == TEXT else f"{condition}, {adapter}"
+        axes.errorbar([size for size, _ in points], means, errors, label=label, marker="o")
+    axes.set(xlabel="facts told", ylabel="exact answers", ylim=(0, 1.02))
+    axes.legend(fontsize="small")
+    save(chart, path)
+
+
 def groups_of(names: str) -> tuple[Group, ...]:
     """Groups by their names.
 
@@ -223,7 +247,9 @@ def main() -> None:
     options.add_argument("--questions", type=int, default=510, help="per cell (%(default)s)")
     options.add_argument("--seeds", type=int, default=3, help="that share them (%(default)s)")
     options.add_argument("--lines", type=Path, metavar="FILE", help="keep results, and go on")
+    options.add_argument("--plot", type=Path, metavar="FILE", help="recall over facts told")
     given = options.parse_args()
+    check_plot(given.plot)
     adapters = given.adapters.split(",")
     seeds, count = given.seeds, -(-given.questions // given.seeds)
     groups = groups_of(given.groups)
@@ -249,6 +275,8 @@ def main() -> None:
             llm.close()
     found = estimates(records, groups)
     console.print(table(found, groups))
+    if given.plot:
+        plot(found, given.plot)
     if given.json:
         write_json(given.json, where, records.all(), summary_of(found, adapters))
 
