@@ -1,6 +1,7 @@
 """An adapter that writes by messages is trained as the engine writes: against the definition."""
 
 import random
+from itertools import repeat
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,14 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from deltamem_vllm.adapter import Adapter, load_adapter, save_adapter
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 from deltamem_vllm.demo.facts import TrainingMix, training_conversation
-from deltamem_vllm.training.adapter_trainer import ask_questions, write_histories
-from deltamem_vllm.training.attached import attach
+from deltamem_vllm.training.adapter_trainer import (
+    AdapterTraining,
+    ask_questions,
+    greedy_matches,
+    train_adapter,
+    write_histories,
+)
+from deltamem_vllm.training.attached import AttachedMemory, attach
 from deltamem_vllm.training.demo_data import WRITE_MODES, WriteMode, encode_batch, encode_history
 from deltamem_vllm.training.encoding import ChatEncoder, SpanLayout
 from tests.oracle import Oracle, Prompt
@@ -85,3 +92,31 @@ def test_a_batch_writes_what_the_engine_writes(adapter: Path, mode: WriteMode) -
                     torch.log_softmax(logits, -1), answer.logprobs, atol=2e-3, rtol=TOLERANCE
                 )
     memory.detach()
+
+
+def test_what_is_written_by_messages_can_be_learned_by_heart(adapter: Path) -> None:
+    """Gradients reach what a message wrote, from the answer that only the state can give."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM.from_pretrained(model_dir(), dtype=torch.float32).eval()
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(model_dir()))
+    memory = AttachedMemory(model, load_adapter(adapter).config)
+    rng = random.Random(0)
+    mix = TrainingMix(max_facts=1, overwrite_share=0.0, untold_share=0.0, questions=1)
+    drawn = [training_conversation(rng, mix) for _ in range(8)]
+    conversations = [one for one in drawn if one.facts]
+    batch = encode_batch(conversations, encoder, ["joint"] * len(conversations))
+    plan = AdapterTraining(
+        steps=50, warmup=5, reply_share=0.0, writing_questions_share=0.0, final_share=0.2
+    )
+    train_adapter(model, memory, repeat(batch), plan)
+    with torch.no_grad():
+        write_histories(model, memory, batch)
+        own = ask_questions(model, memory, batch)
+        memory.load_states({})
+        empty = ask_questions(model, memory, batch)
+    memory.detach()
+    right = [
+        sum(greedy_matches(model, hidden, batch.question_ids, batch.question_weights))
+        for hidden in (own, empty)
+    ]
+    assert right == [len(conversations), 0]
