@@ -18,8 +18,11 @@ export HF_HUB_OFFLINE ?= 1
 export VLLM_NO_USAGE_STATS ?= 1
 export VLLM_LOGGING_LEVEL ?= WARNING
 
+# Not the shipped files: those are replaced by hand, when the new ones are better.
+DEMO_OUT ?= build/demo
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full redis lint docs clean
+.PHONY: help install demo train-demo test test-full redis lint docs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +46,9 @@ $(READY): pyproject.toml
 
 demo: $(READY) ## tell a small model facts, delete them, and ask: answers come from memory alone
 	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
+
+train-demo: $(READY) ## train the demo model anew, into DEMO_OUT (long; QUICK=1 tries the way)
+	$(BIN)/python -m deltamem_vllm.training.demo --out $(DEMO_OUT) $(if $(QUICK),--quick)
 
 test: lint redis ## lint, types and all tests but the long sweeps (2 cores, no GPU)
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"

@@ -116,6 +116,14 @@ class RowError(DeltaMemError, ValueError):
     """A row of a batch is not valid."""
 
 
+class TrainingError(DeltaMemError, ValueError):
+    """A training run cannot be begun, or not gone on with."""
+
+
+class TrainingDataError(TrainingError):
+    """A training conversation, or a file of them, is not valid."""
+
+
 class UnauthorizedError(DeltaMemError):
     """A request does not show whose sessions it may use; the server answers 401."""
 

@@ -5,17 +5,21 @@ those that the chat template adds for it, and a sentence's are those of its text
 and what opens the reply belong to none.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from deltamem_vllm.api.boundaries import Render, common_prefix, split_boundary
 from deltamem_vllm.api.messages import STANDING_ROLES, Message, role_of, texts_of
 from deltamem_vllm.config import WriteGranularity
-from deltamem_vllm.engine.turn import Spans
 from deltamem_vllm.errors import MemoryRequestError
+
+if TYPE_CHECKING:
+    from deltamem_vllm.engine.turn import Spans
 
 MAX_RENDERED: Final = 5_000_000
 """Tokens that may be rendered to find one chat's spans: some seconds. Each message takes another

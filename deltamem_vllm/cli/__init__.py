@@ -16,10 +16,14 @@ from deltamem_vllm.cli.batch import batch
 from deltamem_vllm.cli.common import ReadableErrors
 from deltamem_vllm.cli.demo import demo
 from deltamem_vllm.cli.doctor import doctor
+from deltamem_vllm.cli.flags import command_of
 from deltamem_vllm.cli.plan import plan
 from deltamem_vllm.cli.rebuild import rebuild
 from deltamem_vllm.cli.serve import PASS_ON, serve
 from deltamem_vllm.cli.sessions import sessions_app
+from deltamem_vllm.cli.train import train
+from deltamem_vllm.errors import TrainingError
+from deltamem_vllm.training.settings import TrainSettings
 
 app = typer.Typer(
     cls=ReadableErrors,
@@ -33,6 +37,7 @@ app.command("batch")(batch)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.command("demo")(demo)
+app.command("train")(command_of(TrainSettings, train, TrainingError))
 app.add_typer(adapter_app, name="adapter")
 sessions_app.command("rebuild")(rebuild)
 app.add_typer(sessions_app, name="sessions")

@@ -228,6 +228,7 @@ def held_out_conversations(
     kind: Kind = "told",
     split: Literal["validation", "test"] = "test",
     seed: int = 0,
+    small_talk_share: float = 0.1,
 ) -> list[Conversation]:
     """`count` conversations of `facts` facts, each with one question, the same for the same seed.
 
@@ -238,12 +239,29 @@ def held_out_conversations(
     rng = random.Random(f"{split}/{kind}/{facts}/{seed}")
     mix = TrainingMix(
         max_facts=facts,
-        small_talk_share=0.1,
+        small_talk_share=small_talk_share,
         inline_question_share=0.0,
         two_facts_share=0.0,
         system_share=0.0,
     )
     return [_held_out_conversation(rng, facts, kind, split, mix) for _ in range(count)]
+
+
+def distant_conversations(
+    count: int, turns: int, split: Literal["validation", "test"] = "test", seed: int = 0
+) -> list[Conversation]:
+    """`count` conversations that begin with their only fact, with `turns` turns of small talk
+    between it and the question. The pair belongs to `split`."""
+    rng = random.Random(f"{split}/distance/{turns}/{seed}")
+    pairs = _held_out_pairs(split)
+    found = []
+    for _ in range(count):
+        slot, value = rng.choice(pairs)
+        told = _turn(statement(rng, slot, value, False), rng.choice(ACKNOWLEDGEMENTS))
+        talk = [message for _ in range(turns) for message in _small_talk(rng)]
+        asked = question(rng, slot, value, "told")
+        found.append(Conversation((*told, *talk), (asked,), ((slot.noun, value),)))
+    return found
 
 
 def _held_out_conversation(

@@ -19,7 +19,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-
 from ray.serve.config import AutoscalingConfig
 
 from deltamem_vllm.api.settings import (

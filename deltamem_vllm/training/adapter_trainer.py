@@ -8,24 +8,28 @@ accepts and any tokenizer will do.
 """
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from deltamem_vllm.training.attached import AttachedMemory
+from deltamem_vllm.training.attached import AttachedMemory, SpanPlan
 from deltamem_vllm.training.encoding import (
     IGNORED_BLOCK,
     EncodedAnswer,
+    SpanLayout,
     block_attention_mask,
     pad_rows,
     weighted_loss,
 )
 from deltamem_vllm.training.schedule import learning_rate_share
+
+ADAM_STATE: Final = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter."""
 
 
 @dataclass(frozen=True)
@@ -34,29 +38,55 @@ class EncodedHistory:
 
     Each chunk is written without the KV of the chunks before it, from position 0, as a served
     session writes its turns; a single chunk is a history written in one go. `weights` are the loss
-    weights of predicting each token of `chunks` (0 for all but replies).
+    weights of predicting each token of `chunks` (0 for all but replies). `layout` says, over all
+    chunks, which tokens an adapter writes together that writes by spans; for all others `silent` is
+    how many tokens at each chunk's beginning are read and not written (none says that there are
+    none).
     """
 
     chunks: list[list[int]]
     weights: list[list[float]]
     questions: list[EncodedAnswer]
+    layout: SpanLayout | None = None
+    silent: tuple[int, ...] = ()
+
+    def written(self) -> list[bool]:
+        """Whether each token of the chunks writes, where each writes by itself."""
+        silent = self.silent or (0,) * len(self.chunks)
+        return [
+            place >= before
+            for chunk, before in zip(self.chunks, silent, strict=True)
+            for place in range(len(chunk))
+        ]
 
 
 class AdapterBatch(NamedTuple):
-    """Padded histories [B, T] and questions [N, Q]; `owner` [N] is each question's history."""
+    """Padded histories [B, T] and questions [N, Q]; `owner` [N] is each question's history.
+
+    The plans are there for an adapter that writes by spans, where every row has a layout.
+    """
 
     ids: Tensor
     positions: Tensor
     blocks: Tensor
+    written: Tensor
     weights: Tensor
     question_ids: Tensor
     question_blocks: Tensor
     question_weights: Tensor
     owner: Tensor
+    plan: SpanPlan | None = None
+    question_plan: SpanPlan | None = None
 
     def to(self, device: torch.device) -> "AdapterBatch":
         """The same batch on a device."""
-        return AdapterBatch(*(tensor.to(device) for tensor in self))
+
+        def moved(part: Tensor | SpanPlan | None) -> Any:
+            if isinstance(part, SpanPlan):
+                return SpanPlan(*map(moved, part))
+            return None if part is None else part.to(device)
+
+        return AdapterBatch(*map(moved, self))
 
 
 @dataclass(frozen=True)
@@ -93,6 +123,7 @@ def collate(histories: Sequence[EncodedHistory], pad: int) -> AdapterBatch:
         ids=pad_rows(ids, pad, torch.long),
         positions=pad_rows(positions, 0, torch.long),
         blocks=pad_rows(blocks, IGNORED_BLOCK, torch.long),
+        written=pad_rows([history.written() for history in histories], False, torch.bool),
         weights=pad_rows(weights, 0.0, torch.float32),
         question_ids=pad_rows(question_rows, pad, torch.long),
         question_blocks=pad_rows([[0] * len(r) for r in question_rows], IGNORED_BLOCK, torch.long),
@@ -100,6 +131,19 @@ def collate(histories: Sequence[EncodedHistory], pad: int) -> AdapterBatch:
             [[0.0] * len(q.prompt) + q.weights for _, q in questions], 0.0, torch.float32
         ),
         owner=torch.tensor([row for row, _ in questions]),
+        plan=_span_plan([history.layout for history in histories]),
+        question_plan=_span_plan([q.layout for _, q in questions]),
+    )
+
+
+def _span_plan(layouts: Sequence[SpanLayout | None]) -> SpanPlan | None:
+    """The rows' layouts as one; None unless all rows have one. Padding writes nothing."""
+    known = [layout for layout in layouts if layout is not None]
+    if len(known) < len(layouts):
+        return None
+    return SpanPlan(
+        segments=pad_rows([layout.segments for layout in known], 0, torch.long),
+        spans=pad_rows([layout.spans for layout in known], -1, torch.long),
     )
 
 
@@ -107,9 +151,10 @@ def write_histories(model: PreTrainedModel, memory: AttachedMemory, batch: Adapt
     """Writes all histories into an empty memory. Returns the last hidden states [B, T, hidden]."""
     memory.reset()
     memory.write_enabled = True
-    memory.token_mask = batch.blocks != IGNORED_BLOCK
+    memory.token_mask = batch.written
+    memory.spans = batch.plan if memory.writes_spans else None
     hidden = _hidden(model, batch.ids, batch.positions, batch.blocks)
-    memory.token_mask = None
+    memory.token_mask = memory.spans = None
     return hidden
 
 
@@ -124,9 +169,11 @@ def ask_questions(
     states = memory.states
     memory.load_states({layer: state[batch.owner] for layer, state in states.items()})
     memory.write_enabled = writes
+    memory.spans = batch.question_plan if memory.writes_spans else None
     ids = batch.question_ids
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = _hidden(model, ids, positions, batch.question_blocks)
+    memory.spans = None
     memory.load_states(states)
     return hidden
 
@@ -141,10 +188,112 @@ def adapter_loss(
     """Loss of the answers from memory, plus `reply_share` times that of the history's replies."""
     history = write_histories(model, memory, batch)
     answers = ask_questions(model, memory, batch, writing_questions)
-    loss = _next_token_loss(model, answers, batch.question_ids, batch.question_weights)
+    loss = weighted_answer_loss(model, answers, batch)
     if reply_share > 0:
         loss = loss + reply_share * _next_token_loss(model, history, batch.ids, batch.weights)
     return loss
+
+
+def weighted_answer_loss(model: PreTrainedModel, hidden: Tensor, batch: AdapterBatch) -> Tensor:
+    """Loss of the answers, from what `ask_questions` returned."""
+    return _next_token_loss(model, hidden, batch.question_ids, batch.question_weights)
+
+
+def greedy_matches(
+    model: PreTrainedModel, hidden: Tensor, ids: Tensor, weights: Tensor
+) -> list[bool]:
+    """Whether, in each row, every token with a weight is the most likely one given those before
+    it: exactly when greedy decoding yields the answer.
+
+    Args:
+        model: the backbone, for its vocabulary projection.
+        hidden: [N, T, hidden], the last hidden states of `ids`.
+        ids: [N, T].
+        weights: [N, T]; 0 for tokens that do not count.
+    """
+    chosen = weights[:, 1:] > 0
+    greedy = model.get_output_embeddings()(hidden[:, :-1][chosen]).argmax(-1)
+    wrong = torch.zeros_like(chosen)
+    wrong[chosen] = greedy != ids[:, 1:][chosen]
+    return [not any_wrong for any_wrong in wrong.any(1).tolist()]
+
+
+class AdapterStepper:
+    """Takes optimizer steps on a memory's parameters; the backbone is frozen and stays so.
+
+    Args:
+        model: the backbone.
+        memory: attached to it.
+        plan: the learning rate over the steps, and all else that decides a step.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, memory: AttachedMemory, plan: AdapterTraining
+    ) -> None:
+        model.requires_grad_(False)
+        model.eval()
+        self._model, self._memory, self._plan = model, memory, plan
+        self._parameters = {
+            name: each for name, each in memory.named_parameters() if each.requires_grad
+        }
+        self._optimizer = torch.optim.AdamW(
+            self._parameters.values(),
+            lr=plan.learning_rate,
+            betas=(0.9, 0.98),
+            weight_decay=plan.weight_decay,
+        )
+        self.done = 0
+        """Steps taken so far; those of a run that was gone on with count."""
+
+    def step(self, batches: Sequence[AdapterBatch], writing_questions: bool = False) -> float:
+        """One step on the mean gradient of the batches; returns their mean loss."""
+        plan = self._plan
+        share = learning_rate_share(self.done, plan.steps, plan.warmup, plan.final_share)
+        for group in self._optimizer.param_groups:
+            group["lr"] = plan.learning_rate * share
+        self._optimizer.zero_grad()
+        total = 0.0
+        for batch in batches:
+            on_device = batch.to(self._model.device)
+            loss = adapter_loss(
+                self._model, self._memory, on_device, plan.reply_share, writing_questions
+            )
+            torch.autograd.backward(loss / len(batches))
+            total += loss.item() / len(batches)
+        torch.nn.utils.clip_grad_norm_(self._parameters.values(), plan.max_gradient)
+        self._optimizer.step()
+        self.done += 1
+        return total
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and the optimizer's state, by name, on the CPU."""
+        found = {}
+        for name, parameter in self._parameters.items():
+            found[f"parameter.{name}"] = parameter.detach()
+            for kind, value in self._optimizer.state[parameter].items():
+                found[f"{kind}.{name}"] = value
+        return {name: tensor.cpu().clone() for name, tensor in found.items()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor], done: int) -> None:
+        """Goes on after step `done`, from what `tensors` gave then.
+
+        Raises:
+            KeyError: a parameter is missing.
+        """
+        self.done = done
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+        if done:
+            self._optimizer.load_state_dict(
+                {
+                    "state": {
+                        number: {kind: tensors[f"{kind}.{name}"] for kind in ADAM_STATE}
+                        for number, name in enumerate(self._parameters)
+                    },
+                    "param_groups": self._optimizer.state_dict()["param_groups"],
+                }
+            )
 
 
 def train_adapter(
@@ -156,29 +305,14 @@ def train_adapter(
     checkpoint_every: int = 200,
 ) -> None:
     """Trains the memory's parameters in place; the backbone is frozen and stays so."""
-    model.requires_grad_(False)
-    model.eval()
-    parameters = [p for p in memory.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=plan.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: learning_rate_share(step, plan.steps, plan.warmup, plan.final_share),
-    )
+    stepper = AdapterStepper(model, memory, plan)
     rng = random.Random(plan.seed)
     progress = tqdm(range(plan.steps), desc="adapter", mininterval=5.0)
     smooth = 0.0
     for step in progress:
         writing = rng.random() < plan.writing_questions_share
-        batch = next(batches).to(model.device)
-        loss = adapter_loss(model, memory, batch, plan.reply_share, writing)
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(parameters, plan.max_gradient)
-        optimizer.step()
-        schedule.step()
-        smooth = loss.item() if step == 0 else 0.97 * smooth + 0.03 * loss.item()
+        loss = stepper.step([next(batches)], writing)
+        smooth = loss if step == 0 else 0.97 * smooth + 0.03 * loss
         progress.set_postfix(loss=f"{smooth:.3f}", refresh=False)
         if checkpoint is not None and (step + 1) % checkpoint_every == 0:
             checkpoint(step + 1)

@@ -8,7 +8,7 @@ write its state twice.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,17 @@ from deltamem_vllm.errors import BackboneError, ConfigError
 from deltamem_vllm.training.scan import ScanInputs, delta_rule_scan
 
 NORM_EPS = 1e-6
+
+
+class SpanPlan(NamedTuple):
+    """How the tokens of a batch are written by spans; both tensors are [B, T] of long."""
+
+    segments: Tensor  # the segment of each token, from 0: it reads the state before that segment
+    spans: Tensor  # which of its segment's spans, from 0, the token is a part of; -1: of none
+
+    def counts(self) -> tuple[int, int]:
+        """Segments, and the most spans of one."""
+        return int(self.segments.max()) + 1, max(1, int(self.spans.max()) + 1)
 
 
 class LayerMemory(nn.Module):
@@ -121,6 +132,39 @@ class LayerMemory(nn.Module):
         )
         return scanned.reads.flatten(-2), scanned.state
 
+    def read_and_write_spans(
+        self, hidden: Tensor, state: Tensor, plan: SpanPlan
+    ) -> tuple[Tensor, Tensor]:
+        """Span by span: a segment's tokens read what was there before it, then its spans write.
+
+        Each span writes once, with the mean of its tokens' hidden states.
+
+        Args:
+            hidden: [B, T, hidden] fp32, the layer's attention input.
+            state: [B, H, r, r] fp32.
+            plan: which tokens are written together, and after which of them the others read.
+
+        Returns:
+            Reads [B, T, H*r] and the state after the last segment.
+        """
+        segments, width = plan.counts()
+        nowhere = segments * width
+        place = torch.where(plan.spans >= 0, plan.segments * width + plan.spans, nowhere)
+        sums = hidden.new_zeros(len(hidden), nowhere + 1, hidden.shape[-1])
+        sums = sums.scatter_add(1, place.unsqueeze(-1).expand_as(hidden), hidden)[:, :-1]
+        sizes = hidden.new_zeros(len(hidden), nowhere + 1)
+        sizes = sizes.scatter_add(1, place, torch.ones_like(hidden[..., 0]))[:, :-1]
+        means, written = sums / sizes.clamp_min(1.0).unsqueeze(-1), sizes > 0
+        before = []
+        for first in range(0, nowhere, width):
+            before.append(state)
+            part = slice(first, first + width)
+            _, state = self.read_and_write(means[:, part], state, written[:, part])
+        query = self._unit(functional.linear(hidden, self.memory_q_proj))
+        rows = torch.arange(len(hidden), device=hidden.device).unsqueeze(-1)
+        seen = torch.stack(before, dim=1)[rows, plan.segments]  # [B, T, H, r, r]
+        return torch.einsum("bthij,bthj->bthi", seen, query).flatten(-2), state
+
     def _by_head(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:-1], self.config.num_state_heads, -1)
 
@@ -148,19 +192,17 @@ class AttachedMemory(nn.Module):
         read_enabled: False makes the backbone behave as if nothing were attached.
         token_mask: [B, T] bool for the next forward passes, False for padding; None means that
             every token writes.
+        spans: how the tokens of the next forward passes are written together (SSW), or None: each
+            token writes by itself, as the engine does with what has no spans.
     """
 
     def __init__(self, model: PreTrainedModel, config: DeltaMemConfig) -> None:
         super().__init__()
-        if config.memory_write_granularity != "token":
-            raise ConfigError(
-                f"memory_write_granularity = {config.memory_write_granularity!r}: training knows "
-                "only 'token' (TSW and MSW); set it to 'token'"
-            )
         self.config = config
         self.write_enabled = True
         self.read_enabled = True
         self.token_mask: Tensor | None = None
+        self.spans: SpanPlan | None = None
         self._states: dict[int, Tensor] = {}
         self._reads: dict[int, Tensor] = {}
         self._handles: list[RemovableHandle] = []
@@ -171,6 +213,11 @@ class AttachedMemory(nn.Module):
                 self._hook(index, attention)
         device = next(model.parameters()).device
         self.to(device)
+
+    @property
+    def writes_spans(self) -> bool:
+        """Whether the adapter writes by messages or sentences (SSW)."""
+        return self.config.memory_write_granularity != "token"
 
     @property
     def states(self) -> dict[int, Tensor]:
@@ -185,6 +232,7 @@ class AttachedMemory(nn.Module):
         """Forgets everything: the next forward pass starts from an empty memory."""
         self._states = {}
         self.token_mask = None
+        self.spans = None
 
     def detach(self) -> None:
         """Removes the hooks; the backbone is as it was."""
@@ -250,7 +298,9 @@ class AttachedMemory(nn.Module):
         state = self._states.get(index)
         if state is None:
             state = hidden.new_zeros(batch, *self.config.state_shape)
-        if self.write_enabled:
+        if self.write_enabled and self.spans is not None:
+            reads, self._states[index] = layer.read_and_write_spans(hidden, state, self.spans)
+        elif self.write_enabled:
             reads, self._states[index] = layer.read_and_write(hidden, state, self.token_mask)
         else:
             reads = layer.read(hidden, state)

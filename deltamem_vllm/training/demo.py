@@ -7,7 +7,7 @@ CPUs and library versions round differently, so a new run gives a model as good,
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +31,9 @@ from deltamem_vllm.training.evaluate import Score, evaluate, table
 
 VOCABULARY = 1300
 """The least at which every value of the demo is one token."""
+
+QUICK_STEPS = 4
+"""Of each part, and conversations per cell, where only the way is tried."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,15 @@ ADAPTERS = {
 }
 
 
+def quick(plan: AdapterPlan) -> AdapterPlan:
+    """The plan with a few steps a stage."""
+    stages = tuple(
+        Stage(replace(stage.data, steps=QUICK_STEPS), replace(stage.training, steps=QUICK_STEPS))
+        for stage in plan.stages
+    )
+    return replace(plan, stages=stages)
+
+
 def load_backbone(directory: Path) -> tuple[Qwen3ForCausalLM, ChatEncoder]:
     """The trained backbone and the encoder of its tokenizer."""
     model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -212,16 +224,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="parts to make; adapters need the backbone in --out",
     )
     parser.add_argument("--count", type=int, default=300, help="test conversations per cell")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a few steps of each part: tries the way, not the model",
+    )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     out: Path = options.out
+    backbone = BackboneTraining(stop_after=QUICK_STEPS) if options.quick else BackboneTraining()
     if "backbone" in options.only:
-        make_backbone(out / "model", BackboneTraining())
+        make_backbone(out / "model", backbone)
     for name, plan in ADAPTERS.items():
         if name in options.only:
-            make_adapter(out / "model", out / "adapters" / name, plan)
+            make_adapter(
+                out / "model", out / "adapters" / name, quick(plan) if options.quick else plan
+            )
     if "evaluate" in options.only:
-        scores = evaluate_all(out, options.count)
+        scores = evaluate_all(out, QUICK_STEPS if options.quick else options.count)
         (out / "results.json").write_text(json.dumps([s.as_dict() for s in scores], indent=1))
         print(table(scores))
 

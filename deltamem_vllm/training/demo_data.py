@@ -2,13 +2,13 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, pairwise
 from typing import Literal
 
-from deltamem_vllm.demo.facts import Conversation, TrainingMix, training_conversation
+from deltamem_vllm.demo.facts import Conversation, Message, TrainingMix, training_conversation
 from deltamem_vllm.training.adapter_trainer import AdapterBatch, EncodedHistory, collate
-from deltamem_vllm.training.encoding import ChatEncoder, EncodedAnswer
+from deltamem_vllm.training.encoding import ChatEncoder, EncodedAnswer, SpanLayout
 
 WriteMode = Literal["joint", "turns", "pending"]
 """How a history reaches the memory: in one prefill; one request per turn; or one request per turn
@@ -52,20 +52,65 @@ def encode_history(
     conversation: Conversation, encoder: ChatEncoder, mode: WriteMode
 ) -> EncodedHistory:
     """Renders a conversation for writing in one of the modes, and its questions for asking."""
-    chunks, weights = [], []
-    for turn in conversation.turns():
+    chunks, weights, turns = [], [], list(conversation.turns())
+    for turn in turns:
         chunks.append([token for m in turn for token in encoder.message(m)])
         weights.append([w for m in turn for w in encoder.reply_weights(m)])
-    questions = [encoder.question(q) for q in conversation.questions]
+    questions = [_written(encoder.question(q), pending=0) for q in conversation.questions]
+    layout = SpanLayout()
     if mode == "joint" and chunks:
         chunks, weights = [list(chain(*chunks))], [list(chain(*weights))]
-    if mode == "pending" and chunks:
+        layout.together(len(chunks[0]), _spans(conversation.messages, encoder))
+    elif mode == "turns":
+        for turn, chunk in zip(turns, chunks, strict=True):
+            layout.together(len(chunk), _spans(turn, encoder))
+    elif chunks:
         chunks = [[*([encoder.end] if i else []), *c[:-1]] for i, c in enumerate(chunks)]
         weights = [[*([0.0] if i else []), *w[:-1]] for i, w in enumerate(weights)]
+        for index, turn in enumerate(turns):
+            _live_turn(layout, turn, encoder, pending=min(index, 1))
         questions = [
-            EncodedAnswer([encoder.end, *q.prompt], q.answer, q.weights) for q in questions
+            _written(EncodedAnswer([encoder.end, *q.prompt], q.answer, q.weights), pending=1)
+            for q in questions
         ]
-    return EncodedHistory(chunks, weights, questions)
+    return EncodedHistory(chunks, weights, questions, layout)
+
+
+def _spans(messages: Sequence[Message], encoder: ChatEncoder) -> list[tuple[int, int]]:
+    """The tokens of each message but the system's, in the messages rendered in a row."""
+    edges = [0, *accumulate(len(encoder.message(m)) for m in messages)]
+    return [
+        span
+        for message, span in zip(messages, pairwise(edges), strict=True)
+        if message.role != "system"
+    ]
+
+
+def _live_turn(
+    layout: SpanLayout, turn: Sequence[Message], encoder: ChatEncoder, pending: int
+) -> None:
+    """A turn whose reply was generated: its token of role opens it and is in no message, and its
+    end was never fed."""
+    layout.one_by_one(pending)
+    asked = turn[:-1] if turn[-1].role == "assistant" else turn
+    opening = len(turn) - len(asked)
+    length = sum(len(encoder.message(m)) for m in asked)
+    layout.together(length + opening, _spans(asked, encoder))
+    if opening:
+        layout.one_by_one(len(encoder.message(turn[-1])) - 2)
+    else:
+        layout.segments.pop()
+        layout.spans.pop()
+
+
+def _written(question: EncodedAnswer, pending: int) -> EncodedAnswer:
+    """The question with how it is written where it writes: its message, then its reply."""
+    layout = SpanLayout()
+    layout.one_by_one(pending)
+    length = len(question.prompt) - pending
+    layout.together(length, [(0, length - 1)])
+    layout.one_by_one(len(question.answer))
+    return replace(question, layout=layout)
 
 
 def encode_batch(

@@ -5,7 +5,7 @@ message can be encoded alone); encoding message by message lets repeated sentenc
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -25,16 +25,46 @@ USER_WEIGHT = 0.1
 IGNORED_BLOCK = -1
 
 
+@dataclass
+class SpanLayout:
+    """Which tokens of a row are written together, as `SpanPlan` has it: one entry per token.
+
+    Built front to back, in the order in which an engine writes.
+    """
+
+    segments: list[int] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
+
+    def one_by_one(self, count: int) -> None:
+        """Tokens that each read and then write by themselves: replies, pending tokens."""
+        first = self._next()
+        self.segments += range(first, first + count)
+        self.spans += [0] * count
+
+    def together(self, count: int, spans: Sequence[tuple[int, int]]) -> None:
+        """A prompt of `count` tokens, of which each half-open range of `spans` writes once."""
+        places = [-1] * count
+        for number, (begin, end) in enumerate(spans):
+            places[begin:end] = [number] * (end - begin)
+        self.segments += [self._next()] * count
+        self.spans += places
+
+    def _next(self) -> int:
+        return self.segments[-1] + 1 if self.segments else 0
+
+
 @dataclass(frozen=True)
 class EncodedAnswer:
     """A question's prompt and its expected reply.
 
     `weights[i]` is the loss weight of `answer[i]`; the reply ends with the end-of-turn token.
+    `layout` says how prompt and reply are written, where they are and the adapter writes by spans.
     """
 
     prompt: list[int]
     answer: list[int]
     weights: list[float]
+    layout: SpanLayout | None = None
 
 
 class ChatEncoder:

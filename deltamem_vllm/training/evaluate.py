@@ -10,11 +10,15 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from deltamem_vllm.demo.facts import Conversation, Kind, held_out_conversations
-from deltamem_vllm.training.adapter_trainer import AdapterBatch, ask_questions, write_histories
+from deltamem_vllm.training.adapter_trainer import (
+    AdapterBatch,
+    ask_questions,
+    greedy_matches,
+    write_histories,
+)
 from deltamem_vllm.training.attached import AttachedMemory
 from deltamem_vllm.training.demo_data import WriteMode, encode_batch
 from deltamem_vllm.training.encoding import ChatEncoder
@@ -153,7 +157,7 @@ def _without_memory(
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     if memory is not None:
         memory.read_enabled = True
-    return _matches(model, hidden, ids, weight)
+    return greedy_matches(model, hidden, ids, weight)
 
 
 def _from_memory(
@@ -174,7 +178,7 @@ def _from_memory(
         memory.load_states({i: torch.zeros_like(s) for i, s in states.items()})
     hidden = ask_questions(model, memory, batch, writes=condition == "empty memory")
     memory.reset()
-    return _matches(model, hidden, batch.question_ids, batch.question_weights)
+    return greedy_matches(model, hidden, batch.question_ids, batch.question_weights)
 
 
 def _donor(conversations: Sequence[Conversation], row: int) -> int:
@@ -185,9 +189,3 @@ def _donor(conversations: Sequence[Conversation], row: int) -> int:
         if all(told != value for _, told in conversations[donor].facts):
             return donor
     raise ValueError("every other conversation tells the asked value; give more conversations")
-
-
-def _matches(model: PreTrainedModel, hidden: Tensor, ids: Tensor, weights: Tensor) -> list[bool]:
-    greedy = model.get_output_embeddings()(hidden[:, :-1]).argmax(-1)
-    ignored = weights[:, 1:] == 0
-    return list(((greedy == ids[:, 1:]) | ignored).all(1).tolist())

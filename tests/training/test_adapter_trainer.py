@@ -1,14 +1,17 @@
 """Training writes and asks exactly as a served session does."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from deltamem_vllm.adapter import load_adapter
-from deltamem_vllm.demo.assets import adapter_dir, model_dir
+from deltamem_vllm.adapter import BackboneShape, load_adapter
+from deltamem_vllm.demo.assets import DEMO_ADAPTERS, adapter_dir, model_dir
 from deltamem_vllm.demo.facts import TrainingMix, held_out_conversations, training_conversation
+from deltamem_vllm.training import demo
 from deltamem_vllm.training.adapter_trainer import (
     AdapterTraining,
     adapter_loss,
@@ -146,3 +149,14 @@ def test_the_shipped_adapter_answers_from_the_state_alone(
     assert shares["memory"] > 0.6
     assert shares["another's memory"] < 0.2
     assert shares["nothing"] == 0.0
+
+
+def test_the_demo_is_trained_by_one_command(tmp_path: Path) -> None:
+    """A few steps of each part: a checkpoint, its adapters, and their scores."""
+    demo.main(["--out", str(tmp_path), "--quick"])
+    shape = BackboneShape.from_dir(tmp_path / "model")
+    for name in DEMO_ADAPTERS:
+        made = load_adapter(tmp_path / "adapters" / name, backbone=shape)
+        assert made.config == load_adapter(adapter_dir(name)).config
+    scores = json.loads((tmp_path / "results.json").read_text())
+    assert {score["adapter"] for score in scores} == {None, *DEMO_ADAPTERS}

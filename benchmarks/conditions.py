@@ -1,0 +1,210 @@
+"""The same questions under several conditions, through the real engine.
+
+A case is a history and questions about it, each asked by itself. What a condition shows or reads:
+
+| condition | the prompt | the memory |
+|---|---|---|
+| `full` | the whole history, the question | off |
+| `nothing` | the question | off |
+| `window` | the history's last messages, the question | off |
+| `retrieval` | the turns that BM25 ranks highest, in their order; the question | off |
+| `memory` | the question | the history was written, its text and KV dropped; read_only |
+| `other` | the question | another case's history; read_only |
+| `window+memory` | the history's last messages, the question | as `memory`; folding |
+
+In the last one the client sends its whole history, as it would over HTTP, and folding leaves out
+of it what is older than the window. All of it was written before, the window's messages too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import bm25s
+
+Condition = Literal["full", "nothing", "window", "retrieval", "memory", "other", "window+memory"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
+FROM_MEMORY: tuple[Condition, ...] = ("memory", "other", "window+memory")
+FROM_TEXT: tuple[Condition, ...] = tuple(c for c in CONDITIONS if c not in FROM_MEMORY)
+
+Message = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One history with its questions."""
+
+    key: str
+    history: Sequence[Message]
+    questions: Sequence[str]
+    """Texts of user messages."""
+
+    system: str | None = None
+    """Stands in front of every prompt that asks."""
+
+
+class Reply(NamedTuple):
+    """What was answered."""
+
+    text: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How much the conditions show.
+
+    Attributes:
+        window: messages of the window.
+        retrieved: turns that retrieval shows.
+        max_tokens: of an answer.
+        max_prompt: tokens of a prompt; of a longer one the oldest messages are left out.
+        segment_tokens: tokens that are written at once; None takes the engine's own choice.
+    """
+
+    window: int
+    retrieved: int
+    max_tokens: int
+    max_prompt: int
+    segment_tokens: int | None = None
+
+
+def write(llm: Any, cases: Sequence[Case], ways: Ways) -> list[str]:
+    """Write each case's history into a session of its own; its text and KV are gone then.
+
+    Returns:
+        The sessions' names. Those of an earlier call are deleted.
+    """
+    for name in list(llm.sessions):
+        del llm.sessions[name]
+    names = [f"case {number}" for number in range(len(cases))]
+    llm.ingest(
+        names,
+        [[dict(message) for message in case.history] for case in cases],
+        segment_tokens=ways.segment_tokens,
+        use_tqdm=False,
+    )
+    llm.reset_prefix_cache()
+    return names
+
+
+def answers(
+    llm: Any,
+    condition: Condition,
+    cases: Sequence[Case],
+    ways: Ways,
+    sessions: Sequence[str] = (),
+) -> list[list[Reply]]:
+    """Greedy answers to every question of every case.
+
+    Args:
+        llm: a `MemoryLLM`.
+        condition: what the answers may rest on.
+        cases: at least two for `other`.
+        ways: how much is shown.
+        sessions: what `write` returned for these cases; for conditions with a memory.
+    """
+    from vllm import SamplingParams
+
+    from deltamem_vllm import Memory
+    from deltamem_vllm.memory import OFF
+
+    window = {"messages": ways.window} if condition == "window+memory" else None
+    prompts, memories, owners = [], [], []
+    for number, case in enumerate(cases):
+        memory = OFF
+        if condition in FROM_MEMORY:
+            donor = (number + 1) % len(cases) if condition == "other" else number
+            memory = Memory(session=sessions[donor], mode="read_only", window=window)
+        for question in case.questions:
+            prompts.append(_prompt(llm, condition, case, question, ways))
+            memories.append(memory)
+            owners.append(number)
+    params = SamplingParams(temperature=0, max_tokens=ways.max_tokens)
+    outputs = llm.chat(prompts, params, memory=memories, use_tqdm=False)
+    found: list[list[Reply]] = [[] for _ in cases]
+    for owner, output in zip(owners, outputs, strict=True):
+        found[owner].append(Reply(output.outputs[0].text.strip(), len(output.prompt_token_ids)))
+    return found
+
+
+def turns_of(history: Sequence[Message]) -> list[list[Message]]:
+    """The history cut behind each reply; user messages without one are turns of their own."""
+    found: list[list[Message]] = []
+    for message in history:
+        if found and message["role"] == "assistant" and found[-1][-1]["role"] != "assistant":
+            found[-1].append(message)
+        else:
+            found.append([message])
+    return found
+
+
+def retrieved(history: Sequence[Message], question: str, count: int) -> list[Message]:
+    """The turns that BM25 ranks highest for a question, in the order of the history."""
+    turns = turns_of(history)
+    if len(turns) > count:
+        texts = [" ".join(message["content"] for message in turn) for turn in turns]
+        index = bm25s.BM25()
+        index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+        query = bm25s.tokenize([question], show_progress=False)
+        best, _ = index.retrieve(query, k=count, show_progress=False)
+        turns = [turns[place] for place in sorted(int(each) for each in best[0])]
+    return [message for turn in turns for message in turn]
+
+
+def _prompt(
+    llm: Any, condition: Condition, case: Case, question: str, ways: Ways
+) -> list[dict[str, str]]:
+    history = {
+        "full": case.history,
+        "window": _newest(case, ways),
+        "retrieval": ()
+        if condition != "retrieval"
+        else retrieved(case.history, question, ways.retrieved),
+        "window+memory": case.history,
+    }.get(condition, ())
+    standing = [] if case.system is None else [{"role": "system", "content": case.system}]
+    asked = {"role": "user", "content": question}
+    kept = [dict(message) for message in history]
+    if condition != "window+memory":
+        kept = _fitting(llm, standing, kept, asked, ways.max_prompt)
+    return [*standing, *kept, asked]
+
+
+def _fitting(
+    llm: Any,
+    standing: list[dict[str, str]],
+    history: list[dict[str, str]],
+    asked: dict[str, str],
+    max_prompt: int,
+) -> list[dict[str, str]]:
+    """The newest messages of a history that fit into a prompt."""
+    if not history:
+        return history
+    tokenizer = llm.get_tokenizer()
+
+    def length(kept: list[dict[str, str]]) -> int:
+        rendered = tokenizer.apply_chat_template(
+            [*standing, *kept, asked], add_generation_prompt=True, return_dict=False
+        )
+        return len(rendered)
+
+    # Characters bound tokens from above where each is at most one; then no template need run.
+    if sum(len(each["content"]) + 64 for each in (*standing, *history, asked)) <= max_prompt:
+        return history
+    low, high = 0, len(history)
+    while low < high:
+        middle = (low + high) // 2
+        if length(history[middle:]) <= max_prompt:
+            high = middle
+        else:
+            low = middle + 1
+    return history[low:]
+
+
+def _newest(case: Case, ways: Ways) -> Sequence[Message]:
+    """The window: the last messages, from a user message on, as folding widens it."""
+    start = max(0, len(case.history) - ways.window)
+    while start > 0 and case.history[start]["role"] != "user":
+        start -= 1
+    return case.history[start:]

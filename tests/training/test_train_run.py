@@ -1,0 +1,278 @@
+"""`deltamem train`: what it learns, writes, refuses, and that it can be interrupted."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner, Result
+
+from deltamem_vllm.adapter import load_adapter
+from deltamem_vllm.cli import app
+from deltamem_vllm.demo.assets import model_dir
+from deltamem_vllm.demo.facts import Conversation
+from deltamem_vllm.errors import TrainingDataError, TrainingError
+from deltamem_vllm.training.chat_encoding import ChatMode, TemplateEncoder
+from deltamem_vllm.training.checkpoint import FOLDER
+from deltamem_vllm.training.conversations import parse, read_conversations
+from deltamem_vllm.training.demo_data import encode_history
+from deltamem_vllm.training.encoding import ChatEncoder
+from deltamem_vllm.training.run import Outcome, TrainingRun
+from deltamem_vllm.training.settings import Strategy, TrainSettings, layer_list
+from tests.training.marked import conversations, marked, write_lines
+
+TINY: dict[str, Any] = {
+    # What a backbone as small as the demo's learns from within a few steps.
+    "update": "no_lambda",
+    "output_init": "random",
+    "online_gain": 1.47,
+    "gate_bias": -1.0,
+    "learning_rate": 1e-2,
+    "warmup": 2,
+    "reply_share": 0.0,
+    "batch": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("data") / "conversations.jsonl", 60)
+
+
+def settings_of(data: Path, out: Path, **changes: Any) -> TrainSettings:
+    return TrainSettings(model=str(model_dir()), data=data, out=out, **{**TINY, **changes})
+
+
+def finished(settings: TrainSettings) -> Outcome:
+    outcome = TrainingRun(settings, lambda line: None).run()
+    assert outcome is not None
+    return outcome
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["train", *(str(argument) for argument in arguments)])
+
+
+def test_a_few_steps_lower_the_loss_and_leave_an_adapter(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adapter"
+    flags = [
+        item for name, value in TINY.items() for item in (f"--{name.replace('_', '-')}", value)
+    ]
+    result = command(
+        *("--model", model_dir(), "--data", data, "--out", out),
+        *("--steps", 30, "--eval-every", 10, *flags),
+    )
+    assert result.exit_code == 0, result.output
+    state = json.loads((out / FOLDER / "state.json").read_text())
+    assert sum(state["losses"][-5:]) < 0.7 * sum(state["losses"][:5])
+    looks = [look["loss"] for look in state["evaluations"]]
+    assert len(looks) == 3
+    assert looks[-1] < looks[0]
+    adapter = load_adapter(out)
+    assert adapter.config.strategy == "TSW"
+    assert adapter.fingerprint in result.output
+    card = (out / "README.md").read_text()
+    assert adapter.fingerprint in card
+    assert "| learning_rate | 0.01 |" in card
+    assert (out / "loss.png").stat().st_size > 1000
+    assert not list(out.rglob("*.pt"))
+    assert [path.name for path in out.rglob("*.safetensors")] == ["delta_mem_adapter.safetensors"]
+
+
+@pytest.mark.parametrize("strategy", ["tsw", "ssw", "msw"])
+def test_a_run_that_was_stopped_gives_the_weights_of_an_undisturbed_one(
+    data: Path, tmp_path: Path, strategy: Strategy
+) -> None:
+    common: dict[str, Any] = {
+        "strategy": strategy,
+        "steps": 6,
+        "eval_every": 2,
+        "accumulate": 2,
+        "batch": 3,
+    }
+    undisturbed = finished(settings_of(data, tmp_path / "whole", **common))
+    settings = settings_of(data, tmp_path / "parts", **common)
+    for stop in (3, 5):
+        assert TrainingRun(settings, lambda line: None).run(stop_after=stop) is None
+    gone_on = finished(settings)
+    assert gone_on.state.losses == undisturbed.state.losses
+    assert gone_on.adapter.fingerprint == undisturbed.adapter.fingerprint
+
+
+def test_an_interrupted_run_leaves_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    settings = settings_of(data, tmp_path / "run", steps=4, eval_every=2, checkpoint_every=100)
+
+    def interrupt(line: str) -> None:
+        if line.startswith("step 2"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        TrainingRun(settings, interrupt).run()
+    lines: list[str] = []
+    outcome = TrainingRun(settings, lines.append).run()
+    assert "going on after step 2" in lines
+    assert outcome is not None and len(outcome.state.losses) == 4
+
+
+def test_it_stops_early_and_keeps_the_best_weights(data: Path, tmp_path: Path) -> None:
+    """With a rate that destroys what was learned, later looks are worse than the first."""
+    changes = {"steps": 60, "eval_every": 2, "patience": 2, "learning_rate": 3.0, "warmup": 0}
+    outcome = finished(settings_of(data, tmp_path / "run", **changes))
+    looks = outcome.state.evaluations
+    assert outcome.state.step < 60
+    assert outcome.best.loss == min(look.loss for look in looks)
+    assert [look.step for look in looks].index(outcome.best.step) == len(looks) - 3
+    again = settings_of(data, tmp_path / "best", **{**changes, "patience": 60})
+    run = TrainingRun(again, lambda line: None)
+    run.run(stop_after=outcome.best.step)
+    kept = load_adapter(tmp_path / "run").tensors
+    for name, tensor in run._memory.adapter().tensors.items():
+        assert torch.equal(tensor, kept[name]), name
+
+
+def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
+    settings = settings_of(data, tmp_path / "run", steps=2, eval_every=1)
+    TrainingRun(settings, lambda line: None).run(stop_after=1)
+    other = settings_of(data, tmp_path / "run", steps=2, eval_every=1, rank=4, seed=1)
+    with pytest.raises(TrainingError, match="another rank, seed"):
+        TrainingRun(other, lambda line: None)
+    finished(settings)
+    with pytest.raises(TrainingError, match="is finished"):
+        TrainingRun(settings, lambda line: None)
+
+
+def broken_lines() -> dict[str, tuple[Any, str]]:
+    told = {"role": "user", "content": "My cat is called Miro."}
+    ask = {"role": "user", "content": "What is my cat called?", "ask": True}
+    answer = {"role": "assistant", "content": "Miro."}
+    return {
+        "no JSON": ("{", "no valid JSON"),
+        "a list": ([], "valid dictionary"),
+        "no role": ({"messages": [{"content": "a"}]}, "messages.0.role: Field required"),
+        "unknown role": ({"messages": [{**told, "role": "tool"}]}, "messages.0.role"),
+        "unknown field": ({"messages": [{**told, "asked": True}]}, "messages.0.asked"),
+        "no question": ({"messages": [told]}, "no message is marked"),
+        "no history": ({"messages": [ask, answer]}, "nothing is told"),
+        "no answer": ({"messages": [told, ask]}, "the last question has no answer"),
+        "asked twice": ({"messages": [told, ask, ask]}, "messages.2: the question before it"),
+        "told behind": ({"messages": [told, ask, answer, told]}, "messages.3: after the first"),
+        "late system": (
+            {"messages": [told, {**told, "role": "system"}, ask, answer]},
+            "messages.1: a system message comes first",
+        ),
+        "value told": ({"messages": [{**told, "value": "Miro"}, ask, answer]}, "messages.0: value"),
+        "other value": (
+            {"messages": [told, ask, {**answer, "value": "Nori"}]},
+            "messages.2: value 'Nori' is not a part",
+        ),
+        "empty": ({"messages": [{**told, "content": " "}, ask, answer]}, "messages.0: content"),
+    }
+
+
+@pytest.mark.parametrize("name", broken_lines())
+def test_a_bad_line_is_named_by_file_and_number(name: str, tmp_path: Path) -> None:
+    line, reason = broken_lines()[name]
+    path = write_lines(tmp_path / "some.jsonl", 2)
+    with path.open("a") as file:
+        file.write("\n" + (line if isinstance(line, str) else json.dumps(line)) + "\n")
+    result = command("--model", model_dir(), "--data", path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {path}, line 4: ")
+    assert reason in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_trained_is_refused_by_name(data: Path, tmp_path: Path) -> None:
+    base = ("--model", model_dir(), "--data", data, "--out", tmp_path / "out")
+    for flags, reason in {
+        ("--rank", 0): "--rank",
+        ("--strategy", "other"): "--strategy",
+        ("--heads", "q,x"): "delta_heads",
+        ("--layers", "3-"): "layers '3-'",
+        ("--layers", "2-4"): "the base has 4 layers",
+        ("--held-out", tmp_path / "missing.jsonl"): "missing.jsonl",
+    }.items():
+        result = command(*base, *flags)
+        assert result.exit_code == 2, flags
+        assert reason in result.stderr
+        assert result.stderr.startswith("error: ")
+    assert layer_list("0, 4-6") == [0, 4, 5, 6]
+    assert layer_list("") == []
+
+
+def test_a_message_that_fits_no_segment_is_named(data: Path, tmp_path: Path) -> None:
+    encoder = encoder_of("message_mean", segment_tokens=8)
+    conversation = read_conversations(data)[0]
+    with pytest.raises(TrainingDataError, match=r"jsonl, line 1: one message .* --segment-tokens"):
+        encoder.history(conversation, "joint")
+
+
+def encoder_of(granularity: Any, segment_tokens: int = 2048) -> TemplateEncoder:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    return TemplateEncoder(tokenizer, granularity, segment_tokens, value_weight=4.0)
+
+
+def same_by_hand(conversation: Conversation, mode: ChatMode) -> None:
+    line = json.dumps(marked(conversation)).encode()
+    ours = encoder_of("message_mean").history(parse(line, "here"), mode)
+    by_hand = encode_history(
+        conversation, ChatEncoder(AutoTokenizer.from_pretrained(model_dir())), mode
+    )
+    assert ours.chunks == by_hand.chunks
+    assert ours.layout == by_hand.layout
+    # A role's token is given by the template, so its weight is 0; a reply's end is predicted.
+    assert ours.weights == by_hand.weights
+    for mine, theirs in zip(ours.questions, by_hand.questions, strict=True):
+        assert (mine.prompt, mine.answer, mine.layout) == (
+            theirs.prompt,
+            theirs.answer,
+            theirs.layout,
+        )
+        assert [w == 4.0 for w in mine.weights] == [w == 4.0 for w in theirs.weights]
+
+
+@pytest.mark.parametrize("mode", ["joint", "turns"])
+def test_a_template_gives_the_tokens_and_spans_that_the_demo_encodes_by_hand(
+    mode: ChatMode,
+) -> None:
+    for conversation in conversations(12, seed=3, max_facts=5, system_share=0.0):
+        same_by_hand(conversation, mode)
+
+
+def test_a_long_history_is_cut_between_messages() -> None:
+    (conversation,) = conversations(1, seed=5, max_facts=6, small_talk_share=1.0)
+    one = parse(json.dumps(marked(conversation)).encode(), "here")
+    whole = encoder_of("message_mean").history(one, "joint")
+    cut = encoder_of("message_mean", segment_tokens=30).history(one, "joint")
+    assert len(cut.chunks) > 2
+    assert max(map(len, cut.chunks)) <= 30
+    assert [token for chunk in cut.chunks for token in chunk] == whole.chunks[0]
+    assert cut.layout is not None
+    starts = [sum(map(len, cut.chunks[:n])) for n in range(len(cut.chunks))]
+    assert all(cut.layout.spans[start] == 0 for start in starts)
+    by_token = encoder_of("token", segment_tokens=30).history(one, "joint")
+    assert {len(chunk) for chunk in by_token.chunks[:-1]} == {30}
+
+
+@pytest.mark.parametrize("granularity", ["token", "message_mean"])
+def test_a_system_message_is_shown_with_every_turn_and_never_written(granularity: Any) -> None:
+    (conversation,) = conversations(1, seed=6, max_facts=3, system_share=1.0)
+    line = json.dumps(marked(conversation)).encode()
+    encoder, one = encoder_of(granularity), parse(line, "here")
+    system = ChatEncoder(AutoTokenizer.from_pretrained(model_dir())).message(
+        conversation.messages[0]
+    )
+    turns, joint = (encoder.history(one, mode) for mode in ("turns", "joint"))
+    for chunk in (*turns.chunks, *(question.prompt for question in turns.questions)):
+        assert chunk[: len(system)] == system
+    assert joint.chunks[0][: len(system)] != system
+    told = sum(len(chunk) - len(system) for chunk in turns.chunks)
+    assert len(joint.chunks[0]) == told
+    for history in (turns, joint):
+        if history.layout is not None:
+            assert sum(place >= 0 for place in history.layout.spans) == told
+        else:
+            assert sum(history.written()) == told
