@@ -119,6 +119,7 @@ class Output:
             OSError: the disk is full, or gone, now or at an earlier call: what is in the part is
                 not known then. The rows will be run again.
         """
+        assert not self._lock.closed
         if self._failure is not None:
             raise self._failure
         new: dict[str, Result] = {}
