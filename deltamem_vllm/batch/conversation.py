@@ -10,14 +10,14 @@ from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling, describe
 from deltamem_vllm.engine.compat import engine_is_dead
 from deltamem_vllm.engine.turn import BROKEN_OFF
-from deltamem_vllm.errors import BrokenOffError, StoreError
+from deltamem_vllm.errors import BrokenOffError, QuotaError, StoreError
 from deltamem_vllm.offline import MemoryLLM
 
 LEASE_PATIENCE_S: Final = 60.0
 """Longer than a lease by so much is waited for a session: a run that was killed left its leases."""
 
 
-NOT_OF_THE_ROW: Final = (BrokenOffError, StoreError, OSError, MemoryError)
+NOT_OF_THE_ROW: Final = (BrokenOffError, StoreError, QuotaError, OSError, MemoryError)
 """Errors that end the run: its rows can be run again when their cause is gone."""
 
 

@@ -25,6 +25,12 @@ JOB_FILE: Final = "job.json"
 LOCK_FILE: Final = "lock"
 PARTS: Final = "part-*.jsonl"
 
+BEFORE_A_JOB: Final = frozenset({LOCK_FILE, "job.tmp"})
+"""What a run that was killed before its first row may leave."""
+
+TAIL_BYTES: Final = 1 << 16
+"""Of a part, read at a time from its end."""
+
 
 class Job(BaseModel):
     """A batch, from its first run to its last."""
@@ -67,6 +73,7 @@ class Output:
             self._lock.close()
             raise BatchError(f"{folder}: another run writes it.") from None
         self._part: BinaryIO | None = None
+        self._failure: OSError | None = None
         try:
             self._has_job_file = (folder / JOB_FILE).exists()
             self.job = self._open_job(settings)
@@ -85,9 +92,15 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._part is not None:
-            self._part.close()
-        self._lock.close()
+        self.close()
+
+    def close(self) -> None:
+        """Let another run write the folder."""
+        try:
+            if self._part is not None:
+                self._part.close()
+        finally:
+            self._lock.close()
 
     def begin(self) -> None:
         """Put the job on the disk, before any row runs; not before an engine is ready, so that a
@@ -103,23 +116,34 @@ class Output:
             The results that were new.
 
         Raises:
-            OSError: the disk is full, or gone; the rows will be run again.
+            OSError: the disk is full, or gone, now or at an earlier call: what is in the part is
+                not known then. The rows will be run again.
         """
-        new: list[Result] = []
+        assert not self._lock.closed
+        if self._failure is not None:
+            raise self._failure
+        new: dict[str, Result] = {}
         for result in results:
             if result.key not in self.finished:
-                self.finished.add(result.key)
-                new.append(result)
+                new.setdefault(result.key, result)
         if not new:
-            return new
+            return []
+        try:
+            self._append(b"".join(one.model_dump_json().encode() + b"\n" for one in new.values()))
+        except OSError as error:
+            self._failure = error
+            raise
+        self.finished.update(new)
+        return list(new.values())
+
+    def _append(self, lines: bytes) -> None:
         self.begin()
         if self._part is None:
             self._part = self._path.open("ab")
             _sync_folder(self._folder)
-        self._part.write(b"".join(result.model_dump_json().encode() + b"\n" for result in new))
+        self._part.write(lines)
         self._part.flush()
         os.fsync(self._part.fileno())
-        return new
 
     def write_report(self, report: BaseModel) -> None:
         """Keep what a run did."""
@@ -173,15 +197,21 @@ def _results(part: Path) -> Iterator[Result]:
 def _cut_torn_end(part: Path) -> None:
     """Remove the half line that a crash left."""
     with part.open("r+b") as file:
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+        size = whole = begin = file.seek(0, os.SEEK_END)
+        while begin:
+            begin = max(0, whole - TAIL_BYTES)
+            file.seek(begin)
+            end_of_line = file.read(whole - begin).rfind(b"\n") + 1
+            whole = begin + end_of_line
+            if end_of_line:
+                break
+        if whole < size:
             file.truncate(whole)
             os.fsync(file.fileno())
 
 
 def _holds_more(folder: Path) -> bool:
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
+    return any(path.name not in BEFORE_A_JOB for path in folder.iterdir())
 
 
 def _replace(path: Path, text: str) -> None:

@@ -11,8 +11,11 @@ import gc
 import io
 import os
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, redirect_stderr
+from concurrent.futures import InvalidStateError
+from contextlib import asynccontextmanager, redirect_stderr, suppress
 from types import SimpleNamespace
 from typing import Any, Final
 
@@ -68,7 +71,7 @@ from vllm.v1.engine.core_client import InprocClient
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.request import Request
 
-from deltamem_vllm.errors import EngineConfigError, ModelNotFoundError
+from deltamem_vllm.errors import BrokenOffError, EngineConfigError, ModelNotFoundError
 
 try:
     from vllm.triton_utils import dispatcher
@@ -201,6 +204,30 @@ def engine_is_dead(engine_core: Any) -> bool:
     return resources is not None and bool(resources.engine_dead)
 
 
+def end_calls_of_a_dead_engine(engine_core: Any) -> None:
+    """Have calls of an `LLM`'s engine client end with an error once its engine was killed.
+
+    vLLM notes the death, and lets whoever waits for an output or for a worker's answer wait for
+    ever. A thread that ends with the engine tells them.
+    """
+    resources = getattr(engine_core, "resources", None)
+    if resources is None:  # in process
+        return
+    # No reference to the client, which goes when its last user does.
+    outputs, calls = engine_core.outputs_queue, engine_core.utility_results
+
+    def watch() -> None:
+        while not resources.engine_dead:
+            time.sleep(ALIVE_CHECK_S)
+        error = BrokenOffError("the engine's process died")
+        outputs.put_nowait(error)
+        for call in list(calls.values()):
+            with suppress(InvalidStateError):
+                call.set_exception(error)
+
+    threading.Thread(target=watch, name="deltamem-engine-watch", daemon=True).start()
+
+
 async def lora_behind(models: Any, name: str | None) -> Any:
     """The LoRA request that vLLM will use for a model's name; None for the base model.
 
@@ -309,6 +336,7 @@ __all__ = [
     "check_version",
     "direct_register_custom_op",
     "eager_break_during_capture",
+    "end_calls_of_a_dead_engine",
     "engine_is_dead",
     "engine_of_this_process_is_taken",
     "extend_cache_salt",

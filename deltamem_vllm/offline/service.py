@@ -23,7 +23,7 @@ from deltamem_vllm.api.fingerprints import Fingerprints
 from deltamem_vllm.api.messages import tenant_key
 from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.api.spans import SpanFinder
-from deltamem_vllm.engine.compat import engine_is_dead
+from deltamem_vllm.engine.compat import end_calls_of_a_dead_engine, engine_is_dead
 from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.engine.settings import adapter_of
 from deltamem_vllm.errors import MemoryRequestError, StoreError
@@ -71,12 +71,13 @@ class OfflineService:
             raise
         self._swept = -math.inf
         owner = f"MemoryLLM in process {os.getpid()}"
+        end_calls_of_a_dead_engine(llm.llm_engine.engine_core)
         core = weakref.ref(llm.llm_engine.engine_core)
         self._keeper = LeaseKeeper(
             self.store,
             owner,
             settings.lease_seconds,
-            # vLLM waits for ever for an engine that was killed.
+            # Whoever holds the leases may not have noticed yet that the engine was killed.
             is_alive=lambda: (alive := core()) is not None and not engine_is_dead(alive),
         )
         self._threads = ThreadPoolExecutor(STORE_THREADS, thread_name_prefix="deltamem-store")

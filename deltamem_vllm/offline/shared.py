@@ -62,6 +62,9 @@ class SharedEngine:
         """Calls that are about to take the lock; they go before the engine's next step."""
 
         self._has_work = False
+        self._waiters: set[_Waiter] = set()
+        """All that are not awake yet, wherever the engine's thread is when it is interrupted."""
+
         self._requests: dict[str, _Waiter] = {}
         self._for_states: list[_Waiter] = []
         self._added: dict[int, list[str]] = {}
@@ -102,10 +105,9 @@ class SharedEngine:
         """End all calls, those to come included, with an error."""
         with self._news:
             self._error = error
-            waiters = {*self._requests.values(), *self._for_states}
             self._requests.clear()
             self._for_states.clear()
-            self._wake_up(waiters, error)
+            self._wake_up(set(self._waiters), error)
 
     # For calls
 
@@ -174,6 +176,7 @@ class SharedEngine:
         waiter = _Waiter(set(requests))
         with self._news:
             self.check()
+            self._waiters.add(waiter)
             self._requests.update(dict.fromkeys(requests, waiter))
         self._wait(waiter)
         return sorted(waiter.outputs, key=lambda output: int(output.request_id))
@@ -188,6 +191,7 @@ class SharedEngine:
         waiter = _Waiter(set(), states=states, deadline=time.monotonic() + timeout)
         with self._news:
             self.check()
+            self._waiters.add(waiter)
             self._for_states.append(waiter)
         self._wait(waiter)
 
@@ -232,9 +236,10 @@ class SharedEngine:
 
     def _wake_up(self, waiters: set[_Waiter], error: BaseException | None = None) -> None:
         """Under `_news`: they are due now."""
-        self._num_due += len(waiters)
         for waiter in waiters:
             waiter.error = error
+            self._num_due += 1
+            self._waiters.discard(waiter)
             waiter.is_awake.set()
         self._news.notify_all()
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from deltamem_vllm.batch.job import BatchSpec, Rest, progress
-from deltamem_vllm.batch.output import Output
-from deltamem_vllm.batch.report import Report, Tally
+from deltamem_vllm.batch.report import Report
 from deltamem_vllm.batch.rows import Placed, Result, Row, describe
 from deltamem_vllm.batch.source import Source, placed_rows
 from deltamem_vllm.errors import BatchError
+from deltamem_vllm.ray.writer import Writer
 
 try:
     import ray
@@ -35,9 +35,6 @@ except ImportError:
 
 BUNDLES_PER_ENGINE: Final = 4
 """Parts that the rows are cut into: an engine that is done with one takes the next."""
-
-RETRIES: Final = 3
-"""Of a bundle whose actor died, before the run gives up."""
 
 PASSED_ON: Final = ("VLLM_", "HF_")
 """Prefixes of variables that actors on other machines need, too."""
@@ -114,16 +111,17 @@ class _Bundles:
         self._has_store = spec.store is not None
 
     def __call__(self, batch: Any) -> dict[str, list[Any]]:
-        (bundle,) = batch["bundle"]
+        (number,), (bundle,) = batch["number"], batch["bundle"]
         try:
-            return self._run(bundle)
+            return self._run(int(number), bundle)
         except Exception as error:
             ray.get(self._writer.fail.remote(describe(error)))
             raise
 
-    def _run(self, bundle: str) -> dict[str, list[Any]]:
-        ray.get(self._writer.try_bundle.remote(bundle))
+    def _run(self, number: int, bundle: str) -> dict[str, list[Any]]:
         rows = [Placed(where, Row.model_validate_json(row)) for where, row in json.loads(bundle)]
+        which = f"{len(rows)} rows, {rows[0].where} to {rows[-1].where}"
+        ray.get(self._writer.try_bundle.remote(number, which))
         self._engine = self._engine or self._make()
         # More than none only if another actor died over this bundle.
         finished = set(ray.get(self._writer.finished_of.remote([placed.key for placed in rows])))
@@ -134,71 +132,6 @@ class _Bundles:
 
         self._engine.runner.run(Rest(rows, finished, self._has_store), keep)
         return {"rows": [len(rows)]}
-
-
-class _Writer:
-    """The output folder of a run, in an actor on the driver's machine."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        self._folder = folder
-        self._settings = settings
-        self._tally = Tally()
-        self._num_new = 0
-        self._is_running = False
-        self._tries: dict[str, int] = {}
-        self._failure: str | None = None
-
-    def begin(self) -> tuple[str, set[str]]:
-        """The job's name, and keys of rows that are finished.
-
-        Not in the constructor, whose errors Ray wraps up in text.
-        """
-        self._output = Output(self._folder, self._settings)
-        return self._output.job.job, self._output.finished
-
-    def finished_of(self, keys: list[str]) -> list[str]:
-        """Those of rows that are finished. Asked by an engine that is ready to run the others."""
-        if not self._is_running:
-            self._is_running = True
-            self._output.begin()
-            self._tally.start()
-        return [key for key in keys if key in self._output.finished]
-
-    def write(self, lines: list[str]) -> None:
-        """Put results on the disk."""
-        new = self._output.write([Result.model_validate_json(line) for line in lines])
-        self._tally.add(new)
-        self._num_new += len(new)
-
-    def num_new(self) -> int:
-        return self._num_new
-
-    def try_bundle(self, bundle: str) -> None:
-        """Count how often a bundle is begun: Ray begins it anew whenever its actor died.
-
-        Raises:
-            BatchError: it was too often.
-        """
-        self._tries[bundle] = self._tries.get(bundle, 0) + 1
-        if self._tries[bundle] > 1 + RETRIES:
-            rows = [where for where, _ in json.loads(bundle)]
-            raise BatchError(
-                f"{1 + RETRIES} engines died over the same {len(rows)} rows, {rows[0]} to "
-                f"{rows[-1]}. The messages of Ray's workers may say why: too little memory, mostly."
-            )
-
-    def fail(self, reason: str) -> None:
-        """Note what ended the run."""
-        self._failure = self._failure or reason
-
-    def failure(self) -> str | None:
-        return self._failure
-
-    def end(self, rows_before: int) -> Report:
-        """Write the report."""
-        report = self._tally.report(rows_before)
-        self._output.write_report(report)
-        return report
 
 
 def actors(concurrency: int, spec: BatchSpec, cpus: float | None = None) -> dict[str, Any]:
@@ -266,11 +199,11 @@ def run(
         _check_store(spec)
         pool = actors(concurrency, spec, cpus)
         writer = (
-            ray.remote(_Writer)
+            ray.remote(Writer)
             .options(num_cpus=0, scheduling_strategy=_here())
             .remote(output.absolute(), spec.settings)
         )
-        with _own_errors(writer):
+        with _closed(writer), _own_errors(writer):
             job, finished = ray.get(writer.begin.remote())
             rest = Rest(rows, finished, spec.store is not None)
             with progress(rest) as bar:
@@ -314,7 +247,7 @@ def _run(
     bar.update(bar.initial + ray.get(writer.num_new.remote()) - bar.n)
 
 
-def _bundles(rest: Iterable[Placed], count: int, problems: list[str]) -> list[dict[str, str]]:
+def _bundles(rest: Iterable[Placed], count: int, problems: list[str]) -> list[dict[str, Any]]:
     """Rows of sessions, each session wholly in one of about `count` bundles.
 
     Args:
@@ -334,7 +267,9 @@ def _bundles(rest: Iterable[Placed], count: int, problems: list[str]) -> list[di
     bundles: list[list[tuple[str, str]]] = [[] for _ in range(min(count, len(sessions)))]
     for number, rows in enumerate(sessions.values()):
         bundles[number % len(bundles)].extend(rows)
-    return [{"bundle": json.dumps(bundle)} for bundle in bundles]
+    return [
+        {"number": number, "bundle": json.dumps(bundle)} for number, bundle in enumerate(bundles)
+    ]
 
 
 @contextmanager
@@ -362,6 +297,17 @@ def _check_store(spec: BatchSpec) -> None:
 
 def _here() -> Any:
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+@contextmanager
+def _closed(writer: Any) -> Iterator[None]:
+    """At the end, whatever it is, let another run write the folder: in a cluster that stays, Ray
+    ends an actor some time after nobody knows it any more."""
+    try:
+        yield
+    finally:
+        with suppress(ray.exceptions.RayError):
+            ray.get(writer.close.remote())
 
 
 @contextmanager

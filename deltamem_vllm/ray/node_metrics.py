@@ -29,9 +29,10 @@ def keep_in_files(app: str, replica: str) -> None:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     for folder in set(root.iterdir()).difference(_living(app)):
         shutil.rmtree(folder, ignore_errors=True)
-    folder = root / replica
-    folder.mkdir(mode=0o700)
-    (folder / "pid").write_text(str(os.getpid()))
+    # Whole at once: a replica that starts meanwhile removes folders without a living process.
+    begun = Path(tempfile.mkdtemp(prefix=f".{app}.", dir=root.parent))
+    (begun / "pid").write_text(str(os.getpid()))
+    folder = begun.rename(root / replica)
     os.environ[FOLDER_VARIABLE] = str(folder)
 
 

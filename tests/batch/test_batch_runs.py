@@ -15,7 +15,7 @@ from deltamem_vllm.batch.conversation import Conversations
 from deltamem_vllm.batch.output import Output, read_results
 from deltamem_vllm.batch.rows import Result
 from deltamem_vllm.batch.runner import Runner
-from deltamem_vllm.errors import BatchError, StoreUnavailableError
+from deltamem_vllm.errors import BatchError, QuotaError, StoreUnavailableError
 from tests.batch.rows import (
     chat,
     mixed_rows,
@@ -270,8 +270,13 @@ def test_results_that_were_not_kept_are_made_again_and_not_written_twice(
         assert_same_sessions(again, expected)
 
 
+@pytest.mark.parametrize("error", [StoreUnavailableError, QuotaError])
 def test_a_store_that_fails_ends_the_run_and_not_its_rows(
-    llm: MemoryLLM, tmp_path: Path, store: str, monkeypatch: pytest.MonkeyPatch
+    llm: MemoryLLM,
+    tmp_path: Path,
+    store: str,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[Exception],
 ) -> None:
     rows = [{"id": str(n), "session": f"s{n}", "messages": chat(n)} for n in range(8)]
     real = llm._service.store.commit
@@ -279,12 +284,12 @@ def test_a_store_that_fails_ends_the_run_and_not_its_rows(
 
     def commit(*args: Any, **kwargs: Any) -> Any:
         if next(count) >= 3:
-            raise StoreUnavailableError("gone")
+            raise error("gone")
         return real(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(llm._service.store, "commit", commit)
-        with pytest.raises(StoreUnavailableError, match="gone"):
+        with pytest.raises(error, match="gone"):
             run_rows(llm, tmp_path, store, rows, in_flight=2)
     assert len(results_of(tmp_path / "out")) == 3
     results = run_rows(llm, tmp_path, store, rows)

@@ -1,10 +1,11 @@
 """The output folder after whatever happened to the run before."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from deltamem_vllm.batch.output import Output, read_results
+from deltamem_vllm.batch.output import TAIL_BYTES, Output, read_results
 from deltamem_vllm.batch.rows import Result
 from deltamem_vllm.errors import BatchError
 
@@ -75,3 +76,46 @@ def test_folders_that_cannot_be_written_are_named(tmp_path: Path) -> None:
     for folder in (tmp_path / "file", tmp_path / "file" / "out"):
         with pytest.raises(BatchError, match=f"{folder}: cannot be written"):
             Output(folder, {})
+
+
+@pytest.mark.parametrize("torn", [0, 1, TAIL_BYTES - 1, TAIL_BYTES, 3 * TAIL_BYTES + 5])
+def test_a_torn_end_of_any_length_is_cut_off(tmp_path: Path, torn: int) -> None:
+    with Output(tmp_path, {}) as output:
+        output.write([result("a"), result("b")])
+    (part,) = tmp_path.glob("part-*")
+    whole = part.read_bytes()
+    for before in (whole, b""):
+        part.write_bytes(before + b"x" * torn)
+        with Output(tmp_path, {}) as output:
+            assert len(output.finished) == before.count(b"\n")
+        assert part.read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_row_leaves_a_folder_that_can_be_used(tmp_path: Path) -> None:
+    """Between the two steps in which `job.json` is made."""
+    (tmp_path / "lock").touch()
+    (tmp_path / "job.tmp").write_text("{")
+    with Output(tmp_path, {}) as output:
+        assert output.write([result("a")])
+    assert [one.id for one in read_results(tmp_path)] == ["a"]
+
+
+def test_rows_that_a_full_disk_refused_are_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is anything written behind them, where half a line may be."""
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Output(tmp_path, {}) as output:
+        output.write([result("a")])
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(OSError, match="No space"):
+                output.write([result("b")])
+        assert output.finished == {result("a").key}
+        with pytest.raises(OSError, match="No space"):
+            output.write([result("c")])
+    with Output(tmp_path, {}) as output:
+        assert result("c").key not in output.finished

@@ -3,11 +3,15 @@
 import dataclasses
 import importlib
 import inspect
+import queue
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_type_hints
 
 import pytest
 import torch
+import zmq
 from vllm import LLM, SamplingParams
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.serving import BaseServing
@@ -19,13 +23,14 @@ from vllm.utils.counter import Counter
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.engine.llm_engine import LLMEngine
 from vllm.v1.engine.output_processor import OutputProcessor
 
 from deltamem_vllm.engine import compat
 from deltamem_vllm.engine.attention_backend import MemoryBackend, MemoryMetadataBuilder
 from deltamem_vllm.engine.connector import DeltaMemConnector
-from deltamem_vllm.errors import EngineConfigError
+from deltamem_vllm.errors import BrokenOffError, EngineConfigError
 from deltamem_vllm.models.registry import ARCHITECTURES, MODEL_CLASSES
 from deltamem_vllm.offline.llm import PER_PROMPT
 
@@ -415,6 +420,23 @@ def test_an_engine_client_knows_that_its_engine_died() -> None:
     assert fields(BackgroundResources) >= {"engine_dead"}
     assert "self.resources = BackgroundResources(" in own_source(SyncMPClient)
     assert "resources.engine_dead = True" in own_source(SyncMPClient)
+
+
+def test_whoever_waits_for_an_engine_that_was_killed_gets_an_error() -> None:
+    """vLLM's own client, without the process: an output and a worker's answer never come."""
+    client: Any = SyncMPClient.__new__(SyncMPClient)
+    client.resources = BackgroundResources(ctx=zmq.Context())
+    client.outputs_queue, client.utility_results = queue.Queue(), {}
+    client._send_input = lambda *_: None
+    compat.end_calls_of_a_dead_engine(client)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(client.get_output), pool.submit(client.call_utility, "method")]
+        while not client.utility_results:
+            time.sleep(0.01)
+        assert not any(call.done() for call in calls)
+        client.resources.engine_dead = True
+        for call in calls:
+            assert isinstance(call.exception(timeout=60), (BrokenOffError, EngineDeadError))
 
 
 def test_chats_and_texts_can_be_rendered_of_any_length() -> None:

@@ -113,6 +113,35 @@ def test_when_the_engine_stops_no_call_writes(llm: MemoryLLM) -> None:
     assert len(run(llm, [[5, 6]], Memory(session="a"))) == 1
 
 
+def test_an_interrupt_loses_no_call_that_is_about_to_be_woken_up(llm: MemoryLLM) -> None:
+    """Its outputs were taken from the engine, and it does not know of them yet."""
+    outcomes: list[BaseException | None] = []
+
+    def call() -> None:
+        try:
+            run(llm, [[5, 6, 7]], Memory(session="a"))
+        except BaseException as error:
+            outcomes.append(error)
+
+    thread = threading.Thread(target=call, daemon=True)
+    with pytest.raises(KeyboardInterrupt), llm.shared() as engine:
+        wake_up = engine._wake_up
+
+        def interrupted(waiters: set[Any], error: BaseException | None = None) -> None:
+            if waiters and error is None:
+                raise KeyboardInterrupt
+            wake_up(waiters, error)
+
+        engine._wake_up = interrupted  # type: ignore[method-assign]
+        thread.start()
+        try:
+            engine.step_until(lambda: False)
+        finally:
+            thread.join(60)
+    assert [type(outcome) for outcome in outcomes] == [BrokenOffError]
+    assert "a" not in llm.sessions
+
+
 def test_the_thread_that_steps_makes_no_calls(llm: MemoryLLM) -> None:
     with llm.shared(), pytest.raises(MemoryRequestError, match="of its own"):
         run(llm, [[5, 6]])
