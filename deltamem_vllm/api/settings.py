@@ -27,7 +27,7 @@ NO_STORE: Final = "none"
 
 STORE_SCHEMES: Final = ("sqlite", "redis", "rediss", "unix")
 
-OTHER_VARIABLES: Final = frozenset({"DELTAMEM_ALLOW_UNTESTED_VLLM"})
+OTHER_VARIABLES: Final = frozenset({"DELTAMEM_ALLOW_UNTESTED_VLLM", "DELTAMEM_ALLOW_UNTESTED_RAY"})
 """Variables of our prefix that other parts of the package read."""
 
 MAX_SECRET: Final = 64

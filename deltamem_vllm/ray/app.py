@@ -13,6 +13,7 @@ from ray.serve.config import RequestRouterConfig
 
 from deltamem_vllm.errors import SettingsError
 from deltamem_vllm.ray.arguments import ServeArguments
+from deltamem_vllm.ray.compat import check_version
 from deltamem_vllm.ray.replica import MemoryReplica
 
 DEPLOYMENT: Final = "MemoryServer"
@@ -35,8 +36,10 @@ def build(arguments: ServeArguments) -> serve.Application:
 
     Raises:
         SettingsError: the arguments cannot be served together.
+        EngineConfigError: the installed Ray was never tried.
         DeltaMemError: model, adapter or flags cannot be served, as far as that is known here.
     """
+    check_version()
     _check_machines(arguments)
     _check_files(arguments)
     values = arguments.model_dump(mode="json")

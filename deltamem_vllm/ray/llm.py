@@ -28,6 +28,7 @@ from ray.serve.config import RequestRouterConfig
 from deltamem_vllm.errors import SettingsError
 from deltamem_vllm.ray.app import DEFAULTS, ROUTER
 from deltamem_vllm.ray.arguments import ServeArguments, SessionRouting
+from deltamem_vllm.ray.compat import check_version
 from deltamem_vllm.serve import CONNECTOR, EXTENSION, OVERRIDES
 
 OURS: Final = {
@@ -63,6 +64,7 @@ def build(arguments: LLMArguments) -> serve.Application:
         SettingsError: the arguments cannot be served together.
         DeltaMemError: model or adapter cannot be served; they are looked at here.
     """
+    check_version()
     # Heavy: they load vLLM.
     from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment
 

@@ -8,9 +8,9 @@ import os
 import random
 from typing import Any, Final
 
-from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
+from deltamem_vllm.ray.compat import RankedRouter
 from deltamem_vllm.ray.hint import session_of_body
 
 SESSION_HEADER: Final = (
@@ -19,7 +19,7 @@ SESSION_HEADER: Final = (
 """Where Serve looks for a request's session."""
 
 
-class SessionRouter(ConsistentHashRouter):
+class SessionRouter(RankedRouter):
     """Consistent hashing over sessions, the least busy of two replicas for everything else.
 
     The session is what the header says (`x-session-id`, or `RAY_SERVE_SESSION_ID_HEADER_KEY`),
@@ -35,8 +35,8 @@ class SessionRouter(ConsistentHashRouter):
 
     def session_of(self, pending_request: PendingRequest) -> str | None:
         """The session that a request names, None if it names none."""
-        if pending_request.metadata.session_id:
-            return str(pending_request.metadata.session_id)
+        if (session := self.header_session(pending_request)) is not None:
+            return session
         for value in (*pending_request.args, *pending_request.kwargs.values()):
             session = session_of_body(value)
             if session is not None:
@@ -51,20 +51,16 @@ class SessionRouter(ConsistentHashRouter):
         """Ranks of replicas; of a rank, Serve takes the least busy one that is not full."""
         if pending_request is None or not candidate_replicas:
             return [candidate_replicas]
-        pending_request.routing_context.should_backoff = True
+        self.back_off(pending_request)
         everyone = list(candidate_replicas)
         session = self.session_of(pending_request)
         if session is None:
             return [random.sample(everyone, min(2, len(everyone))), everyone]
-        ranked = [self._replicas.get(found) for found in self._lookup_ranked_replicas(session)]
-        home = next((replica for replica in ranked if replica is not None), None)
-        if home is None:
+        ranked = self.ranked(session)
+        if not ranked:
             return [everyone]
+        home = ranked[0]
         others = [replica for replica in everyone if replica.replica_id != home.replica_id]
-        if others and self._load(home) - min(map(self._load, others)) > self._max_imbalance:
+        if others and self.load(home) - min(map(self.load, others)) > self._max_imbalance:
             return [others, everyone]
         return [[home], everyone]
-
-    def _load(self, replica: RunningReplica) -> int:
-        """Running requests as this router last heard; none of one that it heard nothing of."""
-        return self.replica_queue_len_cache.get(replica.replica_id) or 0
