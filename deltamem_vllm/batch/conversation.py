@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Final
 
 from vllm import RequestOutput, SamplingParams
@@ -40,7 +41,8 @@ class Conversations:
         settings = ServerSettings.from_environment()
         self._patience = settings.lease_seconds + LEASE_PATIENCE_S
         self._private_seconds = settings.reply_seconds
-        """Until the session of a row without one is removed: another run may go on with it."""
+        """Until the session of a row without one expires, whose result was never kept: another run
+        may go on with it."""
 
     def run(self, row: Row, where: str) -> Result:
         """Run a row to its end; an error of a turn is in its result, with the replies before it.
@@ -68,6 +70,17 @@ class Conversations:
         is_of_media = isinstance(error, OSError) and error.errno is None
         if isinstance(error, NOT_OF_THE_ROW) and not is_of_media:
             return True
+        return self.engine_is_dead
+
+    def forget(self, row: Row) -> None:
+        """Remove the session that a row without one had; its result is kept."""
+        if _has_private_session(row):
+            with suppress(KeyError):
+                del self._llm.sessions[self._name(row, 0)]
+
+    @property
+    def engine_is_dead(self) -> bool:
+        """Whether no row can be run any more."""
         return engine_is_dead(self._llm.llm_engine.engine_core)
 
     def _ingest(self, row: Row, where: str) -> Result:
@@ -89,8 +102,7 @@ class Conversations:
     def _turns(self, row: Row) -> Iterator[Reply]:
         """Replies, one after the other."""
         session = row.session
-        is_private = session is None and row.turns is not None and row.writes
-        if is_private:
+        if _has_private_session(row):
             session = self._name(row, 0)
         history: Messages = []
         shows_all = row.window is not None or not row.writes
@@ -141,6 +153,10 @@ class Conversations:
         """A seed of the turn's own, the same in every batch."""
         digest = hashlib.blake2b(f"{index} {row.id}".encode(), digest_size=4).digest()
         return int.from_bytes(digest, "little")
+
+
+def _has_private_session(row: Row) -> bool:
+    return row.session is None and row.turns is not None and row.writes
 
 
 def _asked(row: Row) -> Sequence[Any]:

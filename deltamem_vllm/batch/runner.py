@@ -37,6 +37,11 @@ class Runner:
         max_num_seqs = llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
         self._in_flight = in_flight or min(max_num_seqs, MAX_IN_FLIGHT)
 
+    @property
+    def engine_is_dead(self) -> bool:
+        """Whether no row can be run any more."""
+        return self._conversations.engine_is_dead
+
     def run(self, rows: Iterable[Placed], keep: Keep) -> None:
         """Run all rows; one that fails has a result that says why.
 
@@ -137,6 +142,9 @@ class _Run:
             done = [one for one in arrived if one is not None]
             try:
                 self._keep([result for _, result in done])
+                for placed, _ in done:
+                    if placed.row is not None:
+                        self._conversations.forget(placed.row)
             except BaseException as error:
                 self.stop(error)
                 return

@@ -36,6 +36,9 @@ except ImportError:
 BUNDLES_PER_ENGINE: Final = 4
 """Parts that the rows are cut into: an engine that is done with one takes the next."""
 
+ENGINE_DIED: Final = 70
+"""Exit status of an actor whose engine died."""
+
 PASSED_ON: Final = ("VLLM_", "HF_")
 """Prefixes of variables that actors on other machines need, too."""
 
@@ -115,6 +118,9 @@ class _Bundles:
         try:
             return self._run(int(number), bundle)
         except Exception as error:
+            if self._engine is not None and self._engine.runner.engine_is_dead:
+                # Then so does this actor; Ray starts another one, which begins the bundle again.
+                os._exit(ENGINE_DIED)
             ray.get(self._writer.fail.remote(describe(error)))
             raise
 

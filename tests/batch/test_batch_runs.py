@@ -80,7 +80,7 @@ def one_by_one(llm: MemoryLLM, rows: Sequence[dict[str, Any]]) -> dict[str, list
 
 def test_a_batch_is_its_rows_one_by_one(llm: MemoryLLM, tmp_path: Path, store: str) -> None:
     """Replies and states, with rows of all kinds and twice as many sessions as are run at once."""
-    rows = mixed_rows(12)
+    rows = [*mixed_rows(12), {"id": "private", "turns": [text(1, 5), text(2, 5)]}]
     expected = one_by_one(llm, rows)
     before = states(llm, names(rows))
     for name in list(llm.sessions):
@@ -91,6 +91,7 @@ def test_a_batch_is_its_rows_one_by_one(llm: MemoryLLM, tmp_path: Path, store: s
     )
     assert not any(result.error for result in results.values())
     assert_same_sessions(states(llm, names(rows)), before)
+    assert sorted(llm.sessions) == names(rows)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["rows"] == len(rows)
     assert report["turns"] == sum(map(len, expected.values()))

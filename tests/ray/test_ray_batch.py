@@ -49,16 +49,17 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return with_word_tokenizer(DATA / "qwen3_tsw" / "model", folder)
 
 
-def kill_an_engine(folder: Path, least: int, killed: list[int]) -> None:
-    """Kill one of the actors when so many results are there; leaves their number then."""
-    lines = 0
+def kill_one(name: str, folder: Path, least: int, killed: list[int]) -> None:
+    """Kill one of two processes when so many results are there; leaves their number then."""
+    lines, deadline = 0, time.monotonic() + 600
     while lines < least:
+        assert time.monotonic() < deadline
         time.sleep(0.005)
         lines = sum(part.read_bytes().count(b"\n") for part in folder.glob("part-*.jsonl"))
     mine = psutil.Process().children(recursive=True)
-    engines = [process for process in mine if "_Bundles" in " ".join(process.cmdline())]
-    assert len(engines) == 2
-    engines[0].kill()
+    found = [process for process in mine if name in " ".join(process.cmdline())]
+    assert len(found) == 2
+    found[0].kill()
     killed.append(lines)
 
 
@@ -105,7 +106,9 @@ def test_a_run_on_ray_that_cannot_start_says_why_and_binds_nothing(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["sqlite", "redis"])
+@pytest.mark.parametrize(
+    ("kind", "dies"), [("sqlite", "_Bundles"), ("redis", "EngineCore")], ids=["sqlite", "redis"]
+)
 def test_two_engines_do_what_one_does(
     cluster: None,
     checkpoint: Path,
@@ -113,8 +116,9 @@ def test_two_engines_do_what_one_does(
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
     kind: str,
+    dies: str,
 ) -> None:
-    """Also if one of them is killed."""
+    """Also if one of them is killed, or the actor that it belongs to."""
     from deltamem_vllm.ray import batch
 
     rows = [*mixed_rows(SESSIONS), {"id": "bad", "prompt": ""}]
@@ -128,7 +132,7 @@ def test_two_engines_do_what_one_does(
     spec = spec_of(checkpoint, shared)
     monkeypatch.setenv("DELTAMEM_LEASE_SECONDS", "3")
     killed: list[int] = []
-    killer = threading.Thread(target=kill_an_engine, args=(tmp_path / "out", 8, killed))
+    killer = threading.Thread(target=kill_one, args=(dies, tmp_path / "out", 8, killed))
     killer.daemon = True
     killer.start()
     report = batch.run(path, tmp_path / "out", spec, concurrency=2)
