@@ -26,8 +26,8 @@ SPAN_END: Final = 3
 the page's marks say, and all read the state as it was before them. 0: every token by itself."""
 
 STARTS_AT: Final = 4
-"""Header word: a row of this step whose first position this is, a multiple of the block size above 0,
-starts from the state and the header of this page, that of the position, instead of the page of the
+"""Header word: the row of this step whose first position this is, a multiple of the block size and
+not 0, starts from state and header of this page, that of the position, and not from the page of the
 token before, which is another memory's. Ops copy it nowhere and leave it as it is: whoever puts it
 here takes it away after the step."""
 

@@ -496,8 +496,8 @@ def hitting_cases(draw: st.DrawFn) -> Case:
 
 @st.composite
 def lone_cases(draw: st.DrawFn) -> Case:
-    """Steps in which requests start from pages of their own at the end of blocks that are another's:
-    filled before, or in that step, by rows that start so too, or do not."""
+    """Steps in which requests start from pages of their own behind blocks that are another's. Those
+    were filled before, or are in that step, by rows that start so too or do not."""
     size = draw(st.integers(1, 12))
     rows = [
         Request(
