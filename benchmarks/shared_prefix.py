@@ -18,8 +18,8 @@ The demo model, in this process, with prefix caching. Two questions:
    has the conversation itself behind the system prompt, and memory off: what such a prompt does to
    the model.
 
-How to read it: tokens are exact, times of a busy machine are not. The conversations that the demo
-model was trained on have no system prompt, so compare the kinds, and not with other models.
+How to read it: tokens are exact, times of a busy machine are not. Of the conversations that the demo
+model was trained on, one in ten has a system prompt, a short one: compare the kinds, not models.
 """
 
 import sys
