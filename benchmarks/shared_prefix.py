@@ -18,8 +18,8 @@ The demo model, in this process, with prefix caching. Two questions:
    has the conversation itself behind the system prompt, and memory off: what such a prompt does to
    the model.
 
-How to read it: tokens are exact, times of a busy machine are not. Of the conversations that the demo
-model was trained on, one in ten has a system prompt, a short one: compare the kinds, not models.
+How to read it: tokens are exact, times of a busy machine are not. One in ten of the conversations
+that the demo model was trained on has a system prompt, a short one: compare kinds, not models.
 """
 
 import sys

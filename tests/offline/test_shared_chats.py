@@ -48,10 +48,11 @@ class Followed:
         fed = [*entered, *output.outputs[0].token_ids[:-1]]
         until = prefix + len(self.pending)
         written = [prefix <= at < until or at >= until + reread for at in range(len(fed))]
-        answer = self.oracle(fed, state=self.state, written=written, prefix=prefix)
+        writes = output.memory.mode == "read_write"
+        answer = self.oracle(fed, state=self.state, written=written, writes=writes, prefix=prefix)
         logprobs = answer.logprobs[len(entered) - 1 :]
         assert (output_logprobs(output) - logprobs).abs().max() < NOISE
-        if output.memory.mode == "read_only":
+        if not writes:
             return
         content = contents(llm)[self.name].content
         assert_states_close(llm.sessions[self.name].state, answer.state)
