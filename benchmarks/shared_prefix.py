@@ -6,11 +6,12 @@ recall?
 
 The demo model, in this process, with prefix caching. Two questions:
 
-1. Sessions with one long system prompt take their first turn one after the other, each kind from an
-   empty cache: with `share_prefix`, without, and with memory off, which is what stock vLLM would
-   share. `<kind>_computed` is how many prompt tokens a session's turn computes, `<kind>_turn` the
-   median CPU time of a turn of one token over that of a turn without `share_prefix`, in the same
-   round. The first session of each round is left out: it fills the cache.
+1. Sessions that hold different facts take a turn behind one long system prompt, one after the other,
+   each kind from an empty cache: with `share_prefix`, without, and with memory off, which is what
+   stock vLLM would share. `<kind>_computed` is how many prompt tokens a session's turn computes,
+   `<kind>_turn` the median CPU time of a turn of one token over that of a turn without
+   `share_prefix`. The first session of each round is left out: it fills the cache. (First turns of
+   new sessions share without being told to: their memories are equal, all empty.)
 2. Facts are told behind a system prompt, as the first turn of a session; text and KV cache are
    dropped, and the question alone is asked behind the same system prompt, read_only.
    `recall_<facts>_<kind>` is the share of exact answers: without any system prompt, behind one that
@@ -56,7 +57,7 @@ RULES: Final = (
 
 
 class Turn(NamedTuple):
-    """A session's first turn."""
+    """A session's turn."""
 
     computed: int
     """Prompt tokens that were not in the cache, pending ones left out."""
@@ -87,17 +88,22 @@ def memory_of(kind: str, session: str, **fields: Any) -> Any:
 
 
 def measure_turns(llm: Any, system: list[dict[str, str]], sessions: int, name: str) -> Any:
-    """One round: kind -> the turns of all its sessions."""
+    """One round: kind -> the second turns of all its sessions."""
     from vllm import SamplingParams
 
     one_token = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     turns: dict[str, list[Turn]] = {}
     for kind in (SHARED, WRITTEN, OFF):
+        memories = [memory_of(kind, f"{name} {kind} {number}") for number in range(sessions)]
+        told = [
+            [{"role": "user", "content": f"My lucky number is {number}."}]
+            for number in range(sessions)
+        ]
+        llm.chat(told, one_token, memory=memories, use_tqdm=False)
         llm.reset_prefix_cache()
         turns[kind] = []
-        for number in range(sessions):
-            messages = [*system, {"role": "user", "content": f"My lucky number is {number}."}]
-            memory = memory_of(kind, f"{name} {kind} {number}")
+        for number, memory in enumerate(memories):
+            messages = [*system, {"role": "user", "content": f"My lucky color is {number}."}]
             begin = time.process_time()
             (output,) = llm.chat(messages, one_token, memory=memory, use_tqdm=False)
             seconds = time.process_time() - begin
@@ -201,8 +207,8 @@ def main() -> None:
 
 
 def costs_table(summary: dict[str, float], tokens: int) -> Table:
-    """What a session's first turn costs."""
-    table = Table(title=f"First turn of a session, behind {tokens} tokens that all sessions have")
+    """What a session's turn costs."""
+    table = Table(title=f"A turn of a session, behind {tokens} tokens that all sessions have")
     for column in ("", "tokens computed", "CPU time, over that of written"):
         table.add_column(column, justify="right" if column else "left")
     for kind, label in ((WRITTEN, "written"), (SHARED, "share_prefix"), (OFF, "memory off")):
