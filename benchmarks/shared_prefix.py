@@ -6,7 +6,7 @@ recall?
 
 The demo model, in this process, with prefix caching. Two questions:
 
-1. Sessions that hold different facts take a turn behind one long system prompt, one after the other,
+1. Sessions that hold different facts take a turn behind one long system prompt, one after another,
    each kind from an empty cache: with `share_prefix`, without, and with memory off, which is what
    stock vLLM would share. `<kind>_computed` is how many prompt tokens a session's turn computes,
    `<kind>_turn` the median CPU time of a turn of one token over that of a turn without
