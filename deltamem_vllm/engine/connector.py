@@ -64,8 +64,7 @@ MAX_UNWANTED: Final = 10_000
 
 @dataclass(frozen=True)
 class PageLoad:
-    """Fill `block` before the first of its tokens, that at `position`, which no other token of its
-    request has written before."""
+    """Fill `block` before its first token, that at `position`, of a request that starts there."""
 
     block: int
     args: MemoryArgs
