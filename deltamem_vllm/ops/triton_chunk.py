@@ -321,8 +321,6 @@ def carry_kernel(
     page = tl.load(plan + PAGE).to(tl.int64)
     at = states + page * states_stride + (before % RING * HEADS + head) * (RANK * RANK)
     state = tl.load(at + in_state, only_if(inside, known), other=0.0)
-    read_from = tl.load(plan + READ_FROM)
-    write_from, write_until = tl.load(plan + WRITE_FROM), tl.load(plan + WRITE_UNTIL)
 
     while node >= 0:
         start, stop, before, _after = row_of(node, query_start_loc, seq_lens)
@@ -356,6 +354,9 @@ def carry_kernel(
             tl.store(starts + place * (RANK * RANK) + in_state, state, inside)
             node = row * 0 - 1
         else:
+            # Here, not above: they would take up registers in the loop over chunks.
+            read_from = tl.load(plan + READ_FROM)
+            write_from, write_until = tl.load(plan + WRITE_FROM), tl.load(plan + WRITE_UNTIL)
             for index in range(done, goal):
                 changed = after_token(
                     state, projections + (start.to(tl.int64) + index) * projections_stride,
