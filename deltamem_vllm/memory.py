@@ -93,6 +93,11 @@ class Memory(BaseModel):
     mean of its tokens; other tokens are not written. For prompts, with an adapter that writes by
     messages or sentences; spans of a chat are found by its template."""
 
+    share_prefix: bool = False
+    """Of a chat: what stands before the conversation, system messages and tool definitions, neither
+    reads nor writes the memory, so its keys and values are the base model's, and the prefix cache
+    keeps them once for all sessions of the tenant."""
+
     on_busy: Literal["wait", "conflict"] = "wait"
     """What to do while another turn runs on the session."""
 
@@ -143,6 +148,8 @@ class Memory(BaseModel):
             self.window.tokens is None
         ):
             return 'window is {"messages": n} or {"tokens": n}.'
+        if self.spans is not None and self.share_prefix:
+            return "spans belong to prompts, and share_prefix to chats"
         if self.spans is not None and self.window is not None:
             return "spans belong to prompts; a window's messages are found by the template"
         if self.on_divergence is not None and self.window is None:

@@ -31,11 +31,19 @@ class Prompt(NamedTuple):
 
 class SpanMemory(AttachedMemory):
     """A memory that can be written by spans: reads are taken before a prompt, and each span writes
-    the mean of what the layer saw."""
+    the mean of what the layer saw. And whose first tokens may have nothing to do with it."""
 
     prompt: Prompt | None = None
+    prefix: int = 0
 
     def _advance(self, index: int, hidden: Tensor) -> None:
+        self._advance_behind(index, hidden[:, self.prefix :])
+        reads = self._reads[index]
+        nothing = reads.new_zeros(len(reads), self.prefix, reads.shape[-1])
+        self._reads[index] = torch.cat([nothing, reads], dim=1)
+
+    def _advance_behind(self, index: int, hidden: Tensor) -> None:
+        """`prompt`, and the mask of tokens that write, are counted from the prefix on."""
         if self.prompt is None:
             super()._advance(index, hidden)
             return
@@ -79,12 +87,19 @@ class Oracle:
         reads: bool = True,
         written: Sequence[bool] | None = None,
         prompt: Prompt | None = None,
+        prefix: int = 0,
     ) -> Answer:
-        """`written`: which of the tokens write; None: all of them. `prompt` is written by spans."""
+        """`written`: which of the tokens write; None: all of them. `prompt` is written by spans.
+        The first `prefix` tokens neither read nor write."""
         self.memory.reset()
+        self.memory.prefix = prefix
+        if prompt is not None:
+            start, end, spans = prompt
+            behind = [(first - prefix, last - prefix) for first, last in spans]
+            prompt = Prompt(start - prefix, end - prefix, behind)
         self.memory.prompt = prompt
         if written is not None:
-            self.memory.token_mask = torch.tensor([list(written)])
+            self.memory.token_mask = torch.tensor([list(written)[prefix:]])
         self.memory.write_enabled, self.memory.read_enabled = writes, reads
         if state is not None:
             self.memory.load_states(

@@ -9,7 +9,7 @@ texts are.
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from deltamem_vllm.api.messages import Message, texts_of
+from deltamem_vllm.api.messages import STANDING_ROLES, Message, role_of, texts_of
 from deltamem_vllm.errors import MemoryRequestError
 
 
@@ -76,6 +76,42 @@ def split_boundary(
         return _behind_tools(render, bare, fresh, prompt, add_generation_prompt)
     seam = _find_seam(render, standing, reread, fresh, prompt, add_generation_prompt)
     return seam.boundary
+
+
+def num_standing(messages: Sequence[Message]) -> int:
+    """How many messages stand before the conversation."""
+    roles = map(role_of, messages)
+    return next((at for at, role in enumerate(roles) if role not in STANDING_ROLES), len(messages))
+
+
+def prefix_of(
+    render: Render,
+    bare: Render | None,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    prompt: Sequence[int] | None = None,
+) -> int:
+    """Tokens before the conversation: of system messages that the prompt begins with, of tools, and
+    of what the template puts among them. As in `split_boundary`, doubt falls on the conversation.
+
+    Args:
+        render, bare, add_generation_prompt, prompt: see `split_boundary`.
+        messages: all that the prompt shows.
+
+    Raises:
+        MemoryRequestError: see there.
+    """
+    first = num_standing(messages)
+    return split_boundary(
+        render,
+        messages[:first],
+        (),
+        messages[first:],
+        add_generation_prompt=add_generation_prompt,
+        prompt=prompt,
+        bare=bare,
+    )
 
 
 def turn_terminator(render: Render) -> tuple[int, ...]:

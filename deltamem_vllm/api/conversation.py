@@ -14,7 +14,7 @@ from typing import Any, Final, TypeVar
 
 from vllm.logger import init_logger
 
-from deltamem_vllm.api.boundaries import Render, pending_after, turn_terminator
+from deltamem_vllm.api.boundaries import Render, pending_after, prefix_of, turn_terminator
 from deltamem_vllm.api.folding import fold, ingested
 from deltamem_vllm.api.messages import Message, continued, hash_chain, tenant_key
 from deltamem_vllm.api.rendering import ChatRenderer
@@ -62,6 +62,9 @@ class Plan:
 
     reread: int = 0
     """Tokens at the prompt's start that are read and not written."""
+
+    prefix: int = 0
+    """Tokens at the prompt's start that are neither."""
 
     spans: Spans | None = None
     """Parts of the prompt that are written, each once; None: each token by itself."""
@@ -151,8 +154,9 @@ class Conversations:
             partial = whole.pop()
             self.chain_of([partial], key.tenant)  # refuses what cannot be kept, before generating
         chain = (*written, *self.chain_of(whole, key.tenant))
+        prefix = await self._prefix(request, body["messages"], memory)
         spans = await self._spans(request, body["messages"])
-        return Plan(request, current, spans=spans, chain=chain, partial=partial)
+        return Plan(request, current, prefix=prefix, spans=spans, chain=chain, partial=partial)
 
     async def plan_reading(
         self,
@@ -164,8 +168,12 @@ class Conversations:
     ) -> Plan:
         """Plan a turn that only reads, the newest of `versions` unless its window goes back to
         another; see `plan_writing`."""
-        if memory.window is None or not isinstance(request, MemoryChatRequest):
-            return Plan(request, versions[0] if versions else None)
+        current = versions[0] if versions else None
+        if not isinstance(request, MemoryChatRequest):
+            return Plan(request, current)
+        if memory.window is None:
+            prefix = await self._prefix(request, body["messages"], memory)
+            return Plan(request, current, prefix=prefix)
         plan = await self._fold(request, body, memory, key, versions, writes=False)
         check_pinned(memory, plan.base_version)
         return plan
@@ -267,6 +275,7 @@ class Conversations:
             base=folded.base,
             ingest=folded.ingest,
             reread=folded.reread,
+            prefix=folded.prefix,
             spans=folded.spans,
             chain=folded.chain,
             tokens_saved=folded.tokens_saved,
@@ -324,6 +333,16 @@ class Conversations:
             max_tokens=self._max_model_len,
         )
         return await self._in_thread(find_all, render, bare, messages)
+
+    async def _prefix(
+        self, request: MemoryChatRequest, messages: Sequence[Message], memory: Memory
+    ) -> int:
+        """Tokens of a chat without a window that have nothing to do with its memory."""
+        if not memory.share_prefix:
+            return 0
+        bare = self._render(_without_tools(request)) if request.tools else None
+        find = partial(prefix_of, add_generation_prompt=request.add_generation_prompt)
+        return await asyncio.to_thread(find, self._render(request), bare, messages)
 
     async def _in_thread(self, function: Callable[..., Found], *args: Any) -> Found:
         """What a function of texts and messages gives."""

@@ -8,7 +8,7 @@ template. Nothing is loaded or written here.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltamem_vllm.api.boundaries import Render, split_boundary
+from deltamem_vllm.api.boundaries import Render, prefix_of, split_boundary
 from deltamem_vllm.api.lineage import Lineage, OnDivergence
 from deltamem_vllm.api.messages import (
     STANDING_ROLES,
@@ -71,6 +71,9 @@ class Fold:
 
     reread: int
     """Tokens at the prompt's start that are read and not written."""
+
+    prefix: int
+    """Tokens at the prompt's start that are neither."""
 
     spans: Spans | None
     """Parts of the prompt that are written, each once; None: each token by itself."""
@@ -140,6 +143,7 @@ def fold(
     shown = (*plan.standing, *plan.reread, *plan.fresh)
     prompt = render(shown, add_generation_prompt=True)
     reread, spans = 0, None
+    prefix = prefix_of(render, bare, shown, prompt=prompt) if memory.share_prefix else 0
     if writes:
         reread = split_boundary(
             render, plan.standing, plan.reread, plan.fresh, prompt=prompt, bare=bare
@@ -152,6 +156,7 @@ def fold(
         shown=shown,
         ingest=_ingested(plan.standing, plan.ingest, render, bare, finder),
         reread=reread,
+        prefix=prefix,
         spans=spans,
         chain=plan.chain_after_prompt,
         tokens_saved=_saved(render, plan, len(prompt)),

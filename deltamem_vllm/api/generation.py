@@ -182,7 +182,13 @@ class Generation:
             prompt_tokens_saved=plan.tokens_saved,
         )
         asked.usage.version, asked.usage.saved_tokens = report.version, plan.tokens_saved
-        start = begin("read_only", content, self._service.shape, scope=asked.scope.cache)
+        start = begin(
+            "read_only",
+            content,
+            self._service.shape,
+            prefix=plan.prefix,
+            scope=asked.scope.cache,
+        )
         turn = EngineTurn(start, asked.scope.lora)
         return await self._generate_only(
             plan.request, asked.raw, asked.run, turn, report, asked.usage
@@ -254,6 +260,7 @@ class Generation:
             content,
             service.shape,
             reread=plan.reread,
+            prefix=plan.prefix,
             spans=plan.spans,
             scope=asked.scope.cache,
         )
@@ -470,6 +477,16 @@ def _refuse(request: GenerationRequest) -> None:
         if request.use_beam_search:
             raise MemoryRequestError(
                 "beam search with read_write memory: a session has one future. Use read_only."
+            )
+    if memory.share_prefix:
+        if not isinstance(request, MemoryChatRequest):
+            raise MemoryRequestError(
+                "memory.share_prefix is about what stands before a chat's messages; a completion "
+                "has none. Leave it out."
+            )
+        if request.truncate_prompt_tokens is not None:
+            raise MemoryRequestError(
+                "memory.share_prefix and truncate_prompt_tokens exclude each other."
             )
     if memory.window is None:
         return

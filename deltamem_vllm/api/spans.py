@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
-from deltamem_vllm.api.boundaries import Render, common_prefix, split_boundary
+from deltamem_vllm.api.boundaries import Render, common_prefix, num_standing, prefix_of
 from deltamem_vllm.api.messages import STANDING_ROLES, Message, role_of, texts_of
 from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.errors import MemoryRequestError
@@ -123,18 +123,9 @@ class SpanFinder:
         prompt = render(messages, add_generation_prompt=add_generation_prompt)
         if len(prompt) > max_tokens:
             return None
-        first = next(
-            (at for at, one in enumerate(messages) if role_of(one) not in STANDING_ROLES),
-            len(messages),
-        )
-        start = split_boundary(
-            render,
-            messages[:first],
-            (),
-            messages[first:],
-            add_generation_prompt=add_generation_prompt,
-            prompt=prompt,
-            bare=bare,
+        first = num_standing(messages)
+        start = prefix_of(
+            render, bare, messages, add_generation_prompt=add_generation_prompt, prompt=prompt
         )
         return self.find(
             render,

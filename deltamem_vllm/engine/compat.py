@@ -8,12 +8,13 @@ unnecessary; `tests/engine/test_compat.py` checks that each still exists with th
 import asyncio
 import functools
 import gc
+import hashlib
 import io
 import os
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import InvalidStateError
 from contextlib import asynccontextmanager, redirect_stderr, suppress
 from types import SimpleNamespace
@@ -142,7 +143,9 @@ def let_kernel_scan_pass_llvmlite() -> None:
     dispatcher._rebind_kernels = without_llvmlite
 
 
-def extend_cache_salt(request: Request, salt: str) -> None:
+def extend_cache_salt(
+    request: Request, salt: str, *, shared_blocks: int = 0, shared_salt: str = ""
+) -> None:
     """Make `request` share prefix-cache blocks only with requests of the same `salt`.
 
     Clients may give a salt of their own, so `salt` goes first and every request needs one of the
@@ -150,10 +153,47 @@ def extend_cache_salt(request: Request, salt: str) -> None:
 
     The block hashes were computed when the request was made, so they are computed anew. Must run
     before the scheduler looks the request up in the prefix cache.
+
+    Args:
+        request: as it was made.
+        salt: of its blocks.
+        shared_blocks: so many blocks at its beginning have `shared_salt` instead, and `salt` enters
+            behind them.
+        shared_salt: as long as `salt`, and different from every request's.
     """
+    if shared_blocks and request._block_hasher is not None:
+        request._block_hasher = _salted_behind(request._block_hasher, shared_blocks, salt)
+        salt = shared_salt
     request.cache_salt = f"{salt}{request.cache_salt or ''}"
     request.block_hashes.clear()
     request.update_block_hashes()
+
+
+def _salted_behind(
+    hasher: Callable[[Request], list[Any]], num_blocks: int, salt: str
+) -> Callable[[Request], list[Any]]:
+    """vLLM's block hasher with a salt in the hashes of all blocks but the first `num_blocks`.
+
+    vLLM takes the last of a request's hashes for the parent of the next. It hashes all blocks that
+    are full by now, and is asked again when more are.
+    """
+
+    def hash_new_blocks(request: Request) -> list[Any]:
+        known = request.block_hashes
+        if len(known) > num_blocks:
+            return hasher(request)
+        shared = [*known, *(hasher(request) if len(known) < num_blocks else [])][:num_blocks]
+        new = shared[len(known) :]
+        if len(shared) == num_blocks:
+            parent = hashlib.sha256(shared[-1] + salt.encode()).digest()
+            request.block_hashes = [*shared[:-1], parent]
+            try:
+                new += hasher(request)
+            finally:
+                request.block_hashes = known
+        return new
+
+    return hash_new_blocks
 
 
 ALIVE_CHECK_S: Final = 1.0

@@ -44,6 +44,7 @@ from deltamem_vllm.ops import (
     MARKS_PER_WORD,
     READ_FROM,
     SPAN_END,
+    STARTS_AT,
     WRITE_FROM,
     WRITE_UNTIL,
 )
@@ -63,10 +64,11 @@ MAX_UNWANTED: Final = 10_000
 
 @dataclass(frozen=True)
 class PageLoad:
-    """Fill `block`, a request's first, before its first token."""
+    """Fill `block` before its first token, that at `position`, of a request that starts there."""
 
     block: int
     args: MemoryArgs
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,10 +174,16 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         # Scheduler side
         self._layout = page_layout(self.adapter, vllm_config, self.block_size)
         self._marks: dict[str, _Marks] = {}
+        self._shared: dict[str, int] = {}
+        """Tokens at a request's beginning whose blocks hold pages of any memory."""
+
         self._args: dict[str, MemoryArgs] = {}
         self._saves: list[PageSave] = []
         # Worker side
         self._layers: list[MemoryLayer] = []
+        self._started: Tensor | None = None
+        """Blocks with a `STARTS_AT`."""
+
         self._saved: dict[str, SavedState] = {}
         self._unwanted: OrderedDict[str, None] = OrderedDict()
         self._finished: set[str] = set()
@@ -203,9 +211,16 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             # Raising here would take the whole engine down; frontends refuse such requests.
             logger.error("request %s runs with an empty memory: %s", request.request_id, error)
             args = None
-        if args is not None:
-            self._args[request.request_id] = args
-        extend_cache_salt(request, (args or EPHEMERAL).salt)
+        if args is None:
+            extend_cache_salt(request, EPHEMERAL.salt)
+            return
+        self._args[request.request_id] = args
+        shared_blocks = args.prefix // self.block_size
+        if shared_blocks:
+            self._shared[request.request_id] = shared_blocks * self.block_size
+        extend_cache_salt(
+            request, args.salt, shared_blocks=shared_blocks, shared_salt=args.shared_salt
+        )
 
     def get_num_new_matched_tokens(
         self, request: Request, num_computed_tokens: int
@@ -221,13 +236,19 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         """Fill the first page of every request that starts, or starts again after preemption.
 
         A request that starts behind a prefix-cache hit needs no page filled: the hit's salt equals
-        its own, so the state at the hit's boundary is the one its snapshot would lead to.
+        its own, so the state at the hit's boundary is the one its snapshot would lead to. Unless
+        the blocks are shared by all memories: then the page of the first block behind them is
+        filled.
         """
         cached = scheduler_output.scheduled_cached_reqs
         new = scheduler_output.scheduled_new_reqs
         computed = {request.req_id: request.num_computed_tokens for request in new}
         computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
-        starting = [request_id for request_id, count in computed.items() if count == 0]
+        starting = {request_id: 0 for request_id, count in computed.items() if count == 0}
+        for request_id in self._shared.keys() & computed:
+            count = computed[request_id]
+            if count % self.block_size == 0 and count <= self._shared[request_id]:
+                starting[request_id] = count
         saves, self._saves = self._saves, []
         if not (starting or self._marks):
             return MemoryConnectorMetadata(saves=saves)
@@ -235,8 +256,12 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         return MemoryConnectorMetadata(
             saves=saves,
             loads=[
-                PageLoad(block_ids(request_id)[0][0], self._args.get(request_id, EPHEMERAL))
-                for request_id in starting
+                PageLoad(
+                    block_ids(request_id)[0][position // self.block_size],
+                    self._args.get(request_id, EPHEMERAL),
+                    position,
+                )
+                for request_id, position in starting.items()
             ],
             marks=[
                 self._marks[request_id].step(
@@ -254,6 +279,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> tuple[bool, dict[str, Any] | None]:
         """Hold the blocks of a request whose final state is wanted until the worker copied it."""
         self._marks.pop(request.request_id, None)
+        shared = self._shared.pop(request.request_id, 0)
         args = self._args.pop(request.request_id, None)
         if args is None or args.ticket is None:
             return False, None
@@ -262,7 +288,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         # have run: an abort is handled between a forward and its outcome. Claim no state that is
         # no longer in the ring.
         num_tokens = max(min(computed, request.num_tokens - 1), computed - self._layout.ring + 1)
-        if num_tokens <= 0:
+        if num_tokens <= shared:
             self._saves.append(PageSave(request.request_id, args.ticket, None, 0))
             return False, None
         block = block_ids[0][(num_tokens - 1) // self.block_size]
@@ -276,6 +302,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         assert isinstance(connector_metadata, MemoryConnectorMetadata)
         for save in connector_metadata.saves:
             self._save(save)
+        if self._started is not None:
+            for layer in self._layers:
+                assert layer.pages is not None
+                layer.pages.header[self._started, STARTS_AT] = 0
+            self._started = None
         if connector_metadata.loads and self._layers:
             self._load(connector_metadata.loads)
         if connector_metadata.marks:
@@ -298,25 +329,32 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
             self._saved[save.ticket] = SavedState(save.num_tokens, states)
 
     def _load(self, loads: list[PageLoad]) -> None:
-        """Write headers and initial states of all starting requests, sent to the device once."""
+        """Write headers and initial states of all starting requests, sent to the device once.
+
+        One that starts behind blocks of others is told so by `STARTS_AT`, until the next step.
+        """
         shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
         states = np.zeros((len(loads), *shape), np.float32)
         header = np.zeros((len(loads), HEADER_WORDS), np.int32)
         for row, load in enumerate(loads):
             if load.args.state is not None:
                 states[row] = np.frombuffer(load.args.state, np.float32).reshape(shape)
-            header[row, READ_FROM] = load.args.read_from
+            header[row, READ_FROM] = max(load.args.read_from, load.args.prefix)
             header[row, WRITE_FROM] = load.args.write_from
             header[row, WRITE_UNTIL] = load.args.write_until
             header[row, SPAN_END] = load.args.span_end or 0
+            header[row, STARTS_AT] = load.position
         device = self._device()
         rows = _on_device(np.array([load.block for load in loads]), device)
+        slots = _on_device(np.array([load.position % self._layout.ring for load in loads]), device)
         headers, first_states = _on_device(header, device), _on_device(states, device)
         for layer in self._layers:
             assert layer.pages is not None
             position = self.adapter.layer_indices.index(layer.layer_index)
             layer.pages.header[rows] = headers
-            layer.pages.states[rows, 0] = first_states[:, position]
+            layer.pages.states[rows, slots] = first_states[:, position]
+        if header[:, STARTS_AT].any():
+            self._started = rows
 
     def _device(self) -> torch.device:
         """Where the state pages of all layers lie."""

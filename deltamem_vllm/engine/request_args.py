@@ -35,6 +35,10 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
     write_until: int = 0
     """But those before this one are."""
 
+    prefix: int = 0
+    """Tokens before this position neither read nor write, whatever the positions above say. Blocks
+    that they fill are shared, in the prefix cache, with those of all such requests of `scope`."""
+
     spans: tuple[tuple[int, int], ...] | None = None
     """Half-open ranges of the prompt after `write_until`, in order, each written once; its other
     tokens are not. None: every token is written by itself."""
@@ -56,12 +60,17 @@ class MemoryArgs(msgspec.Struct, frozen=True, omit_defaults=True):
     @property
     def salt(self) -> str:
         """Digest of all that makes this request's KV cache differ from another's: 64 digits."""
-        positions = f"{self.read_from},{self.write_from},{self.write_until}"
+        positions = f"{self.read_from},{self.write_from},{self.write_until},{self.prefix}"
         digest = hashlib.sha256(f"{positions},{len(self.scope)},{self.scope}".encode())
         # The end too: what comes behind it is written by itself, and a page says where that is.
         digest.update(f"{self.spans},{self.span_end}".encode() if self.spans is not None else b"")
         digest.update(self.state or b"")
         return digest.hexdigest()
+
+    @property
+    def shared_salt(self) -> str:
+        """In its place for blocks that `prefix` fills; no request's `salt`."""
+        return hashlib.sha256(f"prefix,{self.scope}".encode()).hexdigest()
 
 
 def ending_spans(args: MemoryArgs, num_prompt_tokens: int) -> MemoryArgs:

@@ -38,10 +38,15 @@ class Start:
 
     args: MemoryArgs
     pending: tuple[int, ...] = ()
-    """Go before the caller's prompt, and are written."""
+    """Go before the caller's prompt, or behind its shared prefix, and are written."""
 
     reread: int = 0
     """Tokens of the caller's prompt, from its start, that are read and not written."""
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of the caller's prompt, from its start, that neither read nor write."""
+        return self.args.prefix
 
     @property
     def ticket(self) -> str:
@@ -50,17 +55,24 @@ class Start:
         return self.args.ticket
 
     def prompt(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
-        """An engine's rendered prompt with the pending tokens in front.
+        """An engine's rendered prompt with the pending tokens.
 
         Raises:
-            MemoryRequestError: it does not consist of token ids alone, or is shorter than spans.
+            MemoryRequestError: it does not consist of token ids alone, or is shorter than spans or
+                the prefix.
         """
         if "prompt_token_ids" not in prompt or prompt.get("type", "token") != "token":
             raise MemoryRequestError(
                 "a prompt that is written must consist of text or token ids, not of embeddings or "
                 "media."
             )
-        tokens = [*self.pending, *prompt["prompt_token_ids"]]
+        given = prompt["prompt_token_ids"]
+        if self.prefix > len(given):
+            raise MemoryRequestError(
+                f"memory.share_prefix: the conversation's beginning has {self.prefix} tokens, more "
+                f"than the prompt's {len(given)}."
+            )
+        tokens = [*given[: self.prefix], *self.pending, *given[self.prefix :]]
         if self.args.spans and self.args.spans[-1][1] > len(tokens):
             raise MemoryRequestError(
                 f"memory.spans reach to token {self.args.spans[-1][1] - len(self.pending)} of a "
@@ -84,16 +96,18 @@ class Start:
 
     def hide_pending(self, output: Any) -> None:
         """Take the pending tokens out of what a `RequestOutput` says about its prompt."""
-        count = len(self.pending)
+        count, begin = len(self.pending), self.prefix
         if not count:
             return
-        if output.prompt_token_ids is not None:
-            output.prompt_token_ids = output.prompt_token_ids[count:]
-        if output.num_cached_tokens:
-            output.num_cached_tokens = max(0, output.num_cached_tokens - count)
-        if output.prompt_logprobs:
+        end = begin + count
+        if (tokens := output.prompt_token_ids) is not None:
+            output.prompt_token_ids = [*tokens[:begin], *tokens[end:]]
+        if cached := output.num_cached_tokens:
+            output.num_cached_tokens = min(cached, begin) + max(0, cached - end)
+        if logprobs := output.prompt_logprobs:
+            shown = [*logprobs[:begin], *logprobs[end:]]
             # The first token of a prompt has no logprob.
-            output.prompt_logprobs = [None, *output.prompt_logprobs[count + 1 :]]
+            output.prompt_logprobs = [None, *shown[1:]]
 
     def content(
         self,
@@ -126,6 +140,7 @@ def begin(
     shape: StateShape,
     *,
     reread: int = 0,
+    prefix: int = 0,
     spans: Sequence[tuple[int, int]] | None = None,
     scope: str = "",
     is_kept: bool = True,
@@ -137,6 +152,7 @@ def begin(
         before: the session's content; None for an empty memory.
         shape: the adapter's states, which the content must fit.
         reread: tokens at the prompt's start that are not written.
+        prefix: tokens at the prompt's start that neither read nor write.
         spans: parts of the prompt that are written, each once; None: each token by itself.
         scope: see `cache_scope`.
         is_kept: whether the final state of a turn that writes is wanted.
@@ -157,21 +173,22 @@ def begin(
         pending = () if before is None else before.pending_token_ids
         if spans is not None:
             shape.check_spans()
-            write_until = len(pending)
-            placed = tuple((start + write_until, end + write_until) for start, end in spans)
-        elif reread:
-            write_from, write_until = len(pending) + reread, len(pending)
+            write_until = prefix + len(pending)
+            placed = tuple((start + len(pending), end + len(pending)) for start, end in spans)
+        elif reread > prefix:
+            write_from, write_until = len(pending) + reread, prefix + len(pending)
     state = None if before is None else before.state
     args = MemoryArgs(
         state=state,
         read_from=read_from,
         write_from=write_from,
         write_until=write_until,
+        prefix=prefix,
         spans=placed,
         scope=scope,
         ticket=ticket,
     )
-    return Start(before, args, pending, reread if mode == "read_write" else 0)
+    return Start(before, args, pending, max(reread, prefix) if mode == "read_write" else 0)
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,9 @@ class Turn:
     reread: int = 0
     """Tokens at the prompt's start that are read and not written."""
 
+    prefix: int = 0
+    """Tokens at the prompt's start that are neither."""
+
     spans: Spans | None = None
     """Parts of the prompt that are written, each once; None: each token by itself."""
 
@@ -143,6 +146,11 @@ class Turn:
             raise MemoryRequestError(
                 "memory.spans belong to prompts; those of a chat are found by its template. Leave "
                 "them out."
+            )
+        if memory.share_prefix and not is_chat:
+            raise MemoryRequestError(
+                "memory.share_prefix is about what stands before a chat's messages, and a prompt "
+                "has none. Use `chat`."
             )
         if memory.window is not None and not is_chat:
             raise MemoryRequestError(

@@ -6,7 +6,7 @@ from typing import Any, Final
 from vllm import RequestOutput
 from vllm.logger import init_logger
 
-from deltamem_vllm.api.boundaries import pending_after
+from deltamem_vllm.api.boundaries import pending_after, prefix_of
 from deltamem_vllm.api.conversation import NO_CONTINUATION, NO_PLAIN_SPANS, check_pinned
 from deltamem_vllm.api.folding import check_foldable, fold
 from deltamem_vllm.api.ingest import segment_size
@@ -152,6 +152,7 @@ class Turns:
                     turn.content,
                     self._service.shape,
                     reread=turn.reread,
+                    prefix=turn.prefix,
                     spans=turn.spans,
                     scope=self._service.cache_scope(turn.lora),
                     is_kept=turn.writes,
@@ -171,6 +172,8 @@ class Turns:
             return
         versions = self._versions(memory, key)
         turn.base = versions[0] if versions else None
+        if memory.share_prefix and memory.window is None:
+            turn.prefix = self._prefix(turn)
         if memory.window is not None:
             assert self._render is not None
             with about(f"session {key.name!r}"):
@@ -190,7 +193,7 @@ class Turns:
                 check_pinned(memory, 0 if folded.base is None else folded.base.version)
             turn.prompt = [dict(message) for message in folded.shown]
             turn.ingest, turn.reread = folded.ingest, folded.reread
-            turn.spans = folded.spans
+            turn.prefix, turn.spans = folded.prefix, folded.spans
             turn.chain, turn.tokens_saved = folded.chain, folded.tokens_saved
         elif turn.writes and self._is_chat:
             written = () if turn.base is None else turn.base.content.message_chain
@@ -205,6 +208,20 @@ class Turns:
         elif turn.writes:
             turn.spans = self._given_spans(memory)
         turn.content = None if turn.base is None else turn.base.content
+
+    def _prefix(self, turn: Turn) -> int:
+        """Tokens of a chat without a window that have nothing to do with its memory."""
+        if self._is_cut:
+            raise MemoryRequestError(
+                "memory.share_prefix and truncate_prompt_tokens exclude each other."
+            )
+        assert self._render is not None
+        return prefix_of(
+            self._render,
+            self._render_bare if self._arguments.get("tools") else None,
+            turn.prompt,
+            add_generation_prompt=self._arguments.get("add_generation_prompt", True),
+        )
 
     def _spans(self, turn: Turn) -> Spans | None:
         """The spans of a chat without a window; None if the adapter writes token by token."""

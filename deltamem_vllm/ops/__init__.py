@@ -24,6 +24,7 @@ from deltamem_vllm.ops.rule import (
     MARKS_PER_WORD,
     READ_FROM,
     SPAN_END,
+    STARTS_AT,
     UPDATE_MODES,
     WRITE_FROM,
     WRITE_UNTIL,
@@ -41,6 +42,7 @@ __all__ = [
     "MARK_BITS",
     "READ_FROM",
     "SPAN_END",
+    "STARTS_AT",
     "UPDATE_MODES",
     "WRITE_FROM",
     "WRITE_UNTIL",
@@ -95,8 +97,8 @@ def memory_step(
     Per request: the state after its context is loaded from its page, the rule runs over its tokens
     (each reads before it writes, see `reference.delta_rule_scan`), and the state is stored at every
     block boundary that the tokens cross, and for the last `ring` token counts. The header of the
-    page that was loaded rules which positions read and write, and is copied into every page that
-    takes a state.
+    page that was loaded rules which positions read and write, and is copied, but for `STARTS_AT`,
+    into every page that takes a state.
 
     Rows run in an order in which a request finds the blocks that it hit, in the prefix cache, while
     another request of this step fills them.
@@ -114,7 +116,7 @@ def memory_step(
         batch: the requests of this step.
         block_size: tokens per block of the KV cache.
         pages_are_initialised: someone (the KV connector) fills header and slot 0 of the first page
-            of every request before its first token.
+            of every request before its first token. Only then is there a `STARTS_AT`.
         out: [T, H * r] fp32, contiguous, to write the reads into.
 
     Returns:
@@ -338,7 +340,7 @@ def _check_layer(rule: DeltaRule, gate_bias: Tensor, pages: StatePages) -> None:
     heads, rank, _ = rule.state_shape
     state_size = heads * rank * rank
     blocks, ring = states.shape[:2]
-    words = max(header.shape[-1], WRITE_UNTIL + 1)
+    words = max(header.shape[-1], STARTS_AT + 1)
     _refuse_others(
         ("gate_bias", gate_bias, torch.float32, (rule.gate_bias_dim,)),
         ("pages.header", header, torch.int32, (blocks, words)),

@@ -21,6 +21,7 @@ from deltamem_vllm.ops.rule import (
     MARKS_PER_WORD,
     READ_FROM,
     SPAN_END,
+    STARTS_AT,
     WRITE_FROM,
     WRITE_UNTIL,
     Batch,
@@ -97,16 +98,17 @@ def delta_rule_scan(
         projections: [T, P], columns as in `DeltaRule`.
         gate_bias: [gate_bias_dim].
         state: [H, r, r] before the first token; not changed.
-        read_from: index of the first token that reads; earlier ones read exactly 0.
+        read_from: index of the first token that reads and may write; earlier ones read exactly 0
+            and leave the state as it is.
         write_from: index of the first token that writes; earlier ones leave the state as it is.
-        write_until: tokens before this index write whatever `write_from` says.
+        write_until: tokens before this index write too, whatever `write_from` says.
     """
     steps = zip(*activate(rule, projections, gate_bias), strict=True)
     reads, states = [], []
     for index, (query, key, value, keep, erase, write) in enumerate(steps):
         read = _product(state, query) if index >= read_from else torch.zeros_like(query)
         reads.append(read.flatten())
-        if index >= write_from or index < write_until:
+        if index >= read_from and (index >= write_from or index < write_until):
             state = _written(state, key, value, keep, erase, write)
         states.append(state)
     if not reads:
@@ -202,8 +204,7 @@ def memory_step(
             state = torch.zeros_like(pages.states[0, 0])
             header = torch.zeros_like(pages.header[0])
         else:
-            # Before its first token a request has, at most, what was put into its first page.
-            page = table[max(before - 1, 0) // block_size]
+            page = _start_page(pages, table, before, block_size, pages_are_initialised)
             state = pages.states[page, before % ring].clone()
             header = pages.header[page].clone()
         span_start = int(header[WRITE_UNTIL])
@@ -256,7 +257,21 @@ def memory_step(
             for count in stored:
                 page = table[(count - 1) // block_size]
                 pages.states[page, count % ring] = scan.states[count - first - 1]
+                starts_at = int(pages.header[page, STARTS_AT])
                 pages.header[page] = header
+                pages.header[page, STARTS_AT] = starts_at
+
+
+def _start_page(
+    pages: StatePages, table: Sequence[int], before: int, block_size: int, initialised: bool
+) -> int:
+    """The page with the state before a row's first token."""
+    if initialised and before % block_size == 0:
+        own = table[before // block_size]
+        # Before its first token a request has, at most, what was put into its first page.
+        if before == 0 or pages.header[own, STARTS_AT] == before:
+            return own
+    return table[(before - 1) // block_size]
 
 
 def _mark(pages: StatePages, table: Sequence[int], position: int, block_size: int) -> int:

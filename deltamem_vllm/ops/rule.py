@@ -11,7 +11,8 @@ from deltamem_vllm.config import MAX_RANK, StateUpdateMode
 UPDATE_MODES: Final[tuple[StateUpdateMode, ...]] = get_args(StateUpdateMode)
 
 READ_FROM: Final = 0
-"""Header word: the first 0-based position that reads the memory; earlier ones read exactly 0."""
+"""Header word: the first 0-based position that has to do with the memory; earlier ones read exactly
+0 and write nothing, whatever the words below say."""
 
 WRITE_FROM: Final = 1
 """Header word: the first 0-based position that writes; earlier ones leave the state untouched."""
@@ -23,6 +24,12 @@ with what its session still has to write, and re-reads known text after that."""
 SPAN_END: Final = 3
 """Header word: positions from `WRITE_UNTIL` up to it, a turn's prompt, are written span by span, as
 the page's marks say, and all read the state as it was before them. 0: every token by itself."""
+
+STARTS_AT: Final = 4
+"""Header word: the row of this step whose first position this is, a multiple of the block size and
+not 0, starts from state and header of this page, that of the position, and not from the page of the
+token before, which is another memory's. Ops copy it nowhere and leave it as it is: whoever puts it
+here takes it away after the step."""
 
 IN_SPAN: Final = 1
 """Mark of a token that belongs to a span."""

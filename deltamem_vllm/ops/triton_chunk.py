@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from deltamem_vllm.ops.rule import READ_FROM as _READ_FROM
+from deltamem_vllm.ops.rule import STARTS_AT as _STARTS_AT
 from deltamem_vllm.ops.rule import WRITE_FROM as _WRITE_FROM
 from deltamem_vllm.ops.rule import WRITE_UNTIL as _WRITE_UNTIL
 from deltamem_vllm.ops.triton_rule import (
@@ -34,6 +35,9 @@ from deltamem_vllm.ops.triton_rule import (
     only_if,
     parent_of,
     row_of,
+    start_page,
+    starts_alone,
+    writes_at,
     written,
     zero_behind,
     zero_reads,
@@ -45,7 +49,10 @@ PARENT = tl.constexpr(0)
 ROOT = tl.constexpr(1)
 """Word of a row's plan: the row at the end of its chain of parents, or itself."""
 
-HEADER = tl.constexpr(2)
+PAGE = tl.constexpr(2)
+"""Word of a row's plan: the page that its root starts from."""
+
+HEADER = tl.constexpr(3)
 """Where the header's words begin in a row's plan."""
 
 SKIPPED = tl.constexpr(-2)
@@ -55,6 +62,7 @@ STAGES = tl.constexpr(4)
 CARRY_STAGES = tl.constexpr(3)
 """Maps on their way at once."""
 
+STARTS_AT = tl.constexpr(_STARTS_AT)
 READ_FROM = tl.constexpr(HEADER.value + _READ_FROM)
 WRITE_FROM = tl.constexpr(HEADER.value + _WRITE_FROM)
 WRITE_UNTIL = tl.constexpr(HEADER.value + _WRITE_UNTIL)
@@ -97,8 +105,8 @@ def plan_kernel(
     parent, root = row * 0 - 1, row
     if sound:
         parent = parent_of(
-            row, query_start_loc, seq_lens, table, table_stride, table_width, rows, tokens,
-            BLOCK_SIZE,
+            row, query_start_loc, seq_lens, header, header_stride, table, table_stride,
+            table_width, rows, tokens, num_blocks, BLOCK_SIZE, INITIALISED,
         )  # fmt: skip
         ancestor = parent
         while ancestor >= 0:
@@ -110,8 +118,8 @@ def plan_kernel(
             ancestor = row * 0 - 1
             if sound:
                 ancestor = parent_of(
-                    root, query_start_loc, seq_lens, table, table_stride, table_width, rows,
-                    tokens, BLOCK_SIZE,
+                    root, query_start_loc, seq_lens, header, header_stride, table, table_stride,
+                    table_width, rows, tokens, num_blocks, BLOCK_SIZE, INITIALISED,
                 )  # fmt: skip
     if not sound:
         tl.store(plan + PARENT, SKIPPED)
@@ -123,8 +131,12 @@ def plan_kernel(
     known = before > 0
     if INITIALISED:
         known = before >= 0
-    column = tl.maximum(before - 1, 0) // BLOCK_SIZE
-    page = tl.load(table + root.to(tl.int64) * table_stride + column).to(tl.int64)
+    alone = starts_alone(
+        root, before, before > 0, header, header_stride, table, table_stride, num_blocks,
+        BLOCK_SIZE, INITIALISED,
+    )  # fmt: skip
+    page = start_page(root, before, alone, table, table_stride, BLOCK_SIZE)
+    tl.store(plan + PAGE, page.to(tl.int32))
     word = tl.arange(0, HEADER_PAD)
     words = tl.load(
         header + page * header_stride + word, only_if(word < HEADER_WORDS, known), other=0
@@ -159,8 +171,9 @@ def chunk_of(
 
 @triton.jit
 def writes_any(first, count, plan):
-    """Whether one of `count` positions from `first` on writes."""
-    return (first + count > tl.load(plan + WRITE_FROM)) | (first < tl.load(plan + WRITE_UNTIL))
+    """Whether one of `count` positions from `first` on may write."""
+    some = (first + count > tl.load(plan + WRITE_FROM)) | (first < tl.load(plan + WRITE_UNTIL))
+    return some & (first + count > tl.load(plan + READ_FROM))
 
 
 @triton.jit
@@ -229,6 +242,7 @@ def maps_kernel(
         return
     if not writes_any(position, count, plan):
         return
+    read_from = tl.load(plan + READ_FROM)
     write_from, write_until = tl.load(plan + WRITE_FROM), tl.load(plan + WRITE_UNTIL)
     a = tl.arange(0, A)
     gates = gate_columns(a, head, HEADS, RANK, RANKWISE)
@@ -246,7 +260,7 @@ def maps_kernel(
         recalled = erase[:, None] * tl.sum(map_ * key, axis=2)
         changed = keep[:, None, None] * map_ - recalled[:, :, None] * key
         at = position + index
-        writes = (at >= write_from) | (at < write_until)
+        writes = writes_at(at, read_from, write_from, write_until)
         map_ = tl.where(writes, changed, map_)
         changed_offset = after_token(
             offset, source, gate_bias, head, HEADS, RANK, C, NORMALIZE, COUPLE, RANKWISE, MODE
@@ -265,7 +279,6 @@ def carry_kernel(
     projections,
     gate_bias,
     states,  # [num_blocks, RING, HEADS, RANK, RANK]
-    table,
     query_start_loc,
     seq_lens,
     plans,
@@ -274,9 +287,7 @@ def carry_kernel(
     starts,  # [slots, HEADS, RANK, RANK], out: the state before each chunk
     projections_stride,
     states_stride,
-    table_stride,
     rows,
-    BLOCK_SIZE: tl.constexpr,
     RING: tl.constexpr,
     HEADS: tl.constexpr,
     RANK: tl.constexpr,
@@ -307,11 +318,9 @@ def carry_kernel(
     in_state = m[:, None] * RANK + c[None, :]
     in_maps = a[:, None, None] * (RANK * RANK) + in_state[None, :, :]
     maps_inside = (a < MAPS)[:, None, None] & inside[None, :, :]
-    column = tl.maximum(before - 1, 0) // BLOCK_SIZE
-    page = tl.load(table + node.to(tl.int64) * table_stride + column).to(tl.int64)
+    page = tl.load(plan + PAGE).to(tl.int64)
     at = states + page * states_stride + (before % RING * HEADS + head) * (RANK * RANK)
     state = tl.load(at + in_state, only_if(inside, known), other=0.0)
-    write_from, write_until = tl.load(plan + WRITE_FROM), tl.load(plan + WRITE_UNTIL)
 
     while node >= 0:
         start, stop, before, _after = row_of(node, query_start_loc, seq_lens)
@@ -345,13 +354,17 @@ def carry_kernel(
             tl.store(starts + place * (RANK * RANK) + in_state, state, inside)
             node = row * 0 - 1
         else:
+            # Here, not above: they would take up registers in the loop over chunks.
+            read_from = tl.load(plan + READ_FROM)
+            write_from, write_until = tl.load(plan + WRITE_FROM), tl.load(plan + WRITE_UNTIL)
             for index in range(done, goal):
                 changed = after_token(
                     state, projections + (start.to(tl.int64) + index) * projections_stride,
                     gate_bias, head, HEADS, RANK, C, NORMALIZE, COUPLE, RANKWISE, MODE,
                 )  # fmt: skip
                 at_ = before + index
-                state = tl.where((at_ >= write_from) | (at_ < write_until), changed, state)
+                writes = writes_at(at_, read_from, write_from, write_until)
+                state = tl.where(writes, changed, state)
             node = following
 
 
@@ -413,7 +426,8 @@ def reads_kernel(
         changed = after_token(
             state, source, gate_bias, head, HEADS, RANK, C, NORMALIZE, COUPLE, RANKWISE, MODE
         )
-        state = tl.where((at >= write_from) | (at < write_until), changed, state)
+        writes = writes_at(at, read_from, write_from, write_until)
+        state = tl.where(writes, changed, state)
         done = at + 1
         if (done % BLOCK_SIZE == 0) | (done > after - RING):
             page = tl.load(table + row.to(tl.int64) * table_stride + at // BLOCK_SIZE)
@@ -421,4 +435,5 @@ def reads_kernel(
             target = states + page * states_stride + done % RING * (WIDTH * RANK) + in_state
             tl.store(target, state, inside)
             if head == 0:
-                tl.store(header + page * header_stride + word, words, word < HEADER_WORDS)
+                copied = (word < HEADER_WORDS) & (word != STARTS_AT)
+                tl.store(header + page * header_stride + word, words, copied)

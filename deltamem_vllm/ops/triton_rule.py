@@ -1,4 +1,5 @@
-"""What the Triton kernels share: a token's activations and its write, and who hit whose blocks.
+"""What the Triton kernels share: a token's activations and its write, where rows start, and who hit
+whose blocks.
 
 All of it is inlined into the kernels of `triton_scan.py` and `triton_chunk.py`. A state tile is
 [I, C]: some rows of one head's state, or of all heads' (then row i belongs to head i // RANK), and
@@ -13,11 +14,13 @@ import triton
 import triton.language as tl
 
 from deltamem_vllm.ops.reference import NORM_EPS
+from deltamem_vllm.ops.rule import STARTS_AT as _STARTS_AT
 from deltamem_vllm.ops.rule import UPDATE_MODES
 
 LAMBDA_OUTSIDE = tl.constexpr(UPDATE_MODES.index("lambda_outside"))
 NO_LAMBDA = tl.constexpr(UPDATE_MODES.index("no_lambda"))
 EPS = tl.constexpr(NORM_EPS)
+STARTS_AT = tl.constexpr(_STARTS_AT)
 LOOK = tl.constexpr(128)
 """Rows of the batch, or blocks of a row, that are looked at together."""
 
@@ -96,6 +99,12 @@ def written(state, key, value, keep, erase, write):
     return keep[:, None] * state + change[:, None] * key
 
 
+@triton.jit
+def writes_at(position, read_from, write_from, write_until):
+    """Whether a position outside of spans is written."""
+    return (position >= read_from) & ((position >= write_from) | (position < write_until))
+
+
 # Rows of the batch
 
 
@@ -134,9 +143,38 @@ def is_sound(
 
 
 @triton.jit
+def starts_alone(
+    row, before, there, header, header_stride, table, table_stride, num_blocks,
+    BLOCK_SIZE: tl.constexpr, INITIALISED: tl.constexpr,
+):  # fmt: skip
+    """Whether rows with `before` tokens start from the page of their first position, see
+    `rule.STARTS_AT`; not where they are not `there`.
+
+    Nobody changes that word in a step, so it may be asked for while other programs run.
+    """
+    alone = there & (before < 0)
+    if INITIALISED:
+        asked = there & (before > 0) & (before % BLOCK_SIZE == 0)
+        at = table + row.to(tl.int64) * table_stride + before // BLOCK_SIZE
+        page = tl.load(at, asked, other=-1)
+        asked = asked & (page >= 0) & (page < num_blocks)
+        at = header + page.to(tl.int64) * header_stride + STARTS_AT
+        alone = asked & (tl.load(at, asked, other=0) == before)
+    return alone
+
+
+@triton.jit
+def start_page(row, before, alone, table, table_stride, BLOCK_SIZE: tl.constexpr):
+    """The page with the state before a sound row's first token."""
+    last = tl.where(alone, before, tl.maximum(before - 1, 0))
+    page = tl.load(table + row.to(tl.int64) * table_stride + last // BLOCK_SIZE)
+    return page.to(tl.int64)
+
+
+@triton.jit
 def parent_of(
-    row, query_start_loc, seq_lens, table, table_stride, table_width, rows, tokens,
-    BLOCK_SIZE: tl.constexpr,
+    row, query_start_loc, seq_lens, header, header_stride, table, table_stride, table_width, rows,
+    tokens, num_blocks, BLOCK_SIZE: tl.constexpr, INITIALISED: tl.constexpr,
 ):  # fmt: skip
     """The row that fills, in this step, the last block of a sound row's context; or -1.
 
@@ -146,7 +184,12 @@ def parent_of(
     """
     found = row * 0 - 1
     _start, _stop, before, _after = row_of(row, query_start_loc, seq_lens)
-    if (before > 0) & (before % BLOCK_SIZE == 0):
+    hits = (before > 0) & (before % BLOCK_SIZE == 0)
+    alone = starts_alone(
+        row, before, hits, header, header_stride, table, table_stride, num_blocks, BLOCK_SIZE,
+        INITIALISED,
+    )  # fmt: skip
+    if hits & (alone == 0):
         column = before // BLOCK_SIZE - 1
         page = tl.load(table + row.to(tl.int64) * table_stride + column)
         for first in range(0, rows, LOOK):
@@ -167,8 +210,8 @@ def parent_of(
 
 @triton.jit
 def next_child(
-    row, after_row, query_start_loc, seq_lens, table, table_stride, table_width, rows, tokens,
-    BLOCK_SIZE: tl.constexpr,
+    row, after_row, query_start_loc, seq_lens, header, header_stride, table, table_stride,
+    table_width, rows, tokens, num_blocks, BLOCK_SIZE: tl.constexpr, INITIALISED: tl.constexpr,
 ):  # fmt: skip
     """The first row beyond `after_row` that hit a block which `row` fills in this step; or -1."""
     found = rows
@@ -186,7 +229,12 @@ def next_child(
             column = tl.where(hits, context // BLOCK_SIZE - 1, 0)
             theirs = tl.load(table + other.to(tl.int64) * table_stride + column, hits, other=-1)
             mine = tl.load(table + row.to(tl.int64) * table_stride + column, hits, other=-2)
-            found = tl.minimum(found, tl.min(tl.where(hits & (theirs == mine), other, rows)))
+            hits = hits & (theirs == mine)
+            alone = starts_alone(
+                other, context, hits, header, header_stride, table, table_stride, num_blocks,
+                BLOCK_SIZE, INITIALISED,
+            )  # fmt: skip
+            found = tl.minimum(found, tl.min(tl.where(hits & (alone == 0), other, rows)))
     return tl.where(found < rows, found, -1)
 
 

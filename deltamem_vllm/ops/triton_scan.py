@@ -16,6 +16,7 @@ from deltamem_vllm.ops.rule import MARK_BITS as _MARK_BITS
 from deltamem_vllm.ops.rule import MARKS_PER_WORD as _MARKS_PER_WORD
 from deltamem_vllm.ops.rule import READ_FROM as _READ_FROM
 from deltamem_vllm.ops.rule import SPAN_END as _SPAN_END
+from deltamem_vllm.ops.rule import STARTS_AT as _STARTS_AT
 from deltamem_vllm.ops.rule import WRITE_FROM as _WRITE_FROM
 from deltamem_vllm.ops.rule import WRITE_UNTIL as _WRITE_UNTIL
 from deltamem_vllm.ops.triton_rule import (
@@ -27,6 +28,9 @@ from deltamem_vllm.ops.triton_rule import (
     only_if,
     parent_of,
     row_of,
+    start_page,
+    starts_alone,
+    writes_at,
     written,
     zero_behind,
     zero_reads,
@@ -35,6 +39,7 @@ from deltamem_vllm.ops.triton_rule import (
 # Kernels see globals only as constexpr.
 READ_FROM, WRITE_FROM = tl.constexpr(_READ_FROM), tl.constexpr(_WRITE_FROM)
 WRITE_UNTIL, SPAN_END = tl.constexpr(_WRITE_UNTIL), tl.constexpr(_SPAN_END)
+STARTS_AT = tl.constexpr(_STARTS_AT)
 IN_SPAN, ENDS_SPAN = tl.constexpr(_IN_SPAN), tl.constexpr(_ENDS_SPAN)
 MARK_BITS, MARKS_PER_WORD = tl.constexpr(_MARK_BITS), tl.constexpr(_MARKS_PER_WORD)
 
@@ -98,7 +103,8 @@ def scan_kernel(
             zero_reads(reads, tl.maximum(start, 0), tl.minimum(stop, tokens), WIDTH, WIDTH_PAD)
         return
     if parent_of(
-        row, query_start_loc, seq_lens, table, table_stride, table_width, rows, tokens, BLOCK_SIZE
+        row, query_start_loc, seq_lens, header, header_stride, table, table_stride, table_width,
+        rows, tokens, num_blocks, BLOCK_SIZE, INITIALISED,
     ) >= 0:  # fmt: skip
         return
 
@@ -127,15 +133,17 @@ def scan_kernel(
 
     # Rows that this program runs have their root's header, through the pages they hit.
     start, stop, before, after = row_of(row, query_start_loc, seq_lens)
-    first_column = tl.maximum(before - 1, 0) // BLOCK_SIZE
-    root_page = tl.load(table + row.to(tl.int64) * table_stride + first_column).to(tl.int64)
+    alone = starts_alone(
+        row, before, before > 0, header, header_stride, table, table_stride, num_blocks,
+        BLOCK_SIZE, INITIALISED,
+    )  # fmt: skip
+    root_page = start_page(row, before, alone, table, table_stride, BLOCK_SIZE)
     known = before > 0
     if INITIALISED:
         known = before >= 0
     word = tl.arange(0, HEADER_PAD)
-    words = tl.load(
-        header + root_page * header_stride + word, only_if(word < HEADER_WORDS, known), other=0
-    )
+    copied = (word < HEADER_WORDS) & (word != STARTS_AT)
+    words = tl.load(header + root_page * header_stride + word, only_if(copied, known), other=0)
     read_from = tl.sum(tl.where(word == READ_FROM, words, 0))
     write_from = tl.sum(tl.where(word == WRITE_FROM, words, 0))
     write_until = tl.sum(tl.where(word == WRITE_UNTIL, words, 0))
@@ -154,7 +162,7 @@ def scan_kernel(
             )  # fmt: skip
         if sound:
             pages = table + current.to(tl.int64) * table_stride
-            page = tl.load(pages + tl.maximum(before - 1, 0) // BLOCK_SIZE).to(tl.int64)
+            page = start_page(current, before, alone, table, table_stride, BLOCK_SIZE)
             slot = before % RING
             state = tl.load(
                 states + page * states_stride + slot * (WIDTH * RANK) + in_state,
@@ -192,7 +200,7 @@ def scan_kernel(
                 lambda_ = beta
                 if not COUPLE:
                     lambda_ = tl.load(source + 3 * WIDTH + GATES + gates, valid, other=0.0)
-                writes = (position >= write_from) | (position < write_until)
+                writes = writes_at(position, read_from, write_from, write_until)
                 seen = state
                 in_spans = (position >= write_until) & (position < span_end)
                 if SPANS:
@@ -243,7 +251,7 @@ def scan_kernel(
                         state, lanes,
                     )  # fmt: skip
                     if tile == 0:
-                        tl.store(header + here * header_stride + word, words, word < HEADER_WORDS)
+                        tl.store(header + here * header_stride + word, words, copied)
                     if SPANS:
                         goes_on = in_spans & (done < span_end)
                         tl.store(
@@ -265,12 +273,13 @@ def scan_kernel(
         # Through the tree of rows that hit blocks of this one, or of one that did, parents first.
         # The barrier makes this program's own stores visible to all of its threads.
         tl.debug_barrier()
-        known = current == current  # a row that hit a block has a page, whatever its root has
+        # A row that hit a block has a page, whatever its root has, and starts from that.
+        known, alone = current == current, current != current
         node, child_after, found, searching = current, current * 0 - 1, current * 0 - 1, True
         while searching:
             child = next_child(
-                node, child_after, query_start_loc, seq_lens, table, table_stride, table_width,
-                rows, tokens, BLOCK_SIZE,
+                node, child_after, query_start_loc, seq_lens, header, header_stride, table,
+                table_stride, table_width, rows, tokens, num_blocks, BLOCK_SIZE, INITIALISED,
             )  # fmt: skip
             if child >= 0:
                 found = child
@@ -280,8 +289,8 @@ def scan_kernel(
             else:
                 child_after = node
                 node = parent_of(
-                    node, query_start_loc, seq_lens, table, table_stride, table_width, rows,
-                    tokens, BLOCK_SIZE,
+                    node, query_start_loc, seq_lens, header, header_stride, table, table_stride,
+                    table_width, rows, tokens, num_blocks, BLOCK_SIZE, INITIALISED,
                 )  # fmt: skip
                 searching = node >= 0
         current = found

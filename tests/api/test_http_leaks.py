@@ -45,7 +45,7 @@ PREFIXES = [random_tokens(seed, 3 * BLOCK) for seed in (1, 2)]
 NO_SALTS = """
 from deltamem_vllm.engine import connector
 
-connector.extend_cache_salt = lambda request, salt: None
+connector.extend_cache_salt = lambda request, salt, **_: None
 """
 
 SWAPPED_PAGES = """

@@ -20,6 +20,8 @@ from vllm.model_executor.models import llama, mistral, qwen2, qwen3
 from vllm.renderers.base import BaseRenderer
 from vllm.triton_utils import dispatcher
 from vllm.utils.counter import Counter
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import CachedRequestData, KVConnectorBlockState, NewRequestData
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import BackgroundResources, SyncMPClient
@@ -245,6 +247,60 @@ def test_extended_salt_changes_every_block_hash_and_goes_before_the_users() -> N
     assert not set(before) & set(request.block_hashes)
     assert request.cache_salt == "memoryuser"
     assert tiny_request().cache_salt is None
+
+
+SHARED_BLOCKS = 3
+
+
+def hashed_request(
+    tokens: list[int], salt: str, shared_salt: str, known: int | None = None, **fields: Any
+) -> compat.Request:
+    """A request with vLLM's own hashes of blocks of two, `salt` behind the shared blocks; made when
+    the first `known` tokens are known, and told the others in pieces."""
+    known = len(tokens) if known is None else known
+    hasher = get_request_block_hasher(2, sha256)
+    request = tiny_request(prompt_token_ids=tokens[:known], block_hasher=hasher, **fields)
+    compat.extend_cache_salt(request, salt, shared_blocks=SHARED_BLOCKS, shared_salt=shared_salt)
+    for first in range(known, len(tokens), 3):
+        request.append_output_token_ids(tokens[first : first + 3])
+    assert len(request.block_hashes) == len(tokens) // 2
+    return request
+
+
+def common_blocks(one: compat.Request, other: compat.Request) -> int:
+    """Blocks with which both begin; no later ones are equal."""
+    equal = [a == b for a, b in zip(one.block_hashes, other.block_hashes, strict=True)]
+    assert sum(equal) == (equal.index(False) if False in equal else len(equal))
+    return sum(equal)
+
+
+@pytest.fixture
+def none_hash() -> None:
+    """What vLLM sets when an engine starts."""
+    init_none_hash(sha256)
+
+
+@pytest.mark.usefixtures("none_hash")
+def test_a_salt_enters_the_hashes_behind_shared_blocks() -> None:
+    tokens = list(range(15))
+    one = hashed_request(tokens, "a", "shared")
+    assert common_blocks(one, hashed_request(tokens, "a", "shared")) == 7
+    assert common_blocks(one, hashed_request(tokens, "b", "shared")) == SHARED_BLOCKS
+    assert common_blocks(one, hashed_request(tokens, "a", "other")) == 0
+    assert common_blocks(one, hashed_request(tokens, "a", "shared", cache_salt="user")) == 0
+    changed = [*tokens[:8], 99, *tokens[9:]]
+    assert common_blocks(one, hashed_request(changed, "a", "shared")) == 4
+    plain = tiny_request(prompt_token_ids=tokens, block_hasher=get_request_block_hasher(2, sha256))
+    compat.extend_cache_salt(plain, "shared")
+    assert common_blocks(one, plain) == SHARED_BLOCKS
+
+
+@pytest.mark.usefixtures("none_hash")
+@pytest.mark.parametrize("known", range(1, 15))
+def test_hashes_behind_shared_blocks_do_not_depend_on_when_tokens_come(known: int) -> None:
+    tokens = list(range(15))
+    whole = hashed_request(tokens, "a", "shared")
+    assert hashed_request(tokens, "a", "shared", known).block_hashes == whole.block_hashes
 
 
 # Layers, pages and metadata

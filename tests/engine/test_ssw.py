@@ -24,7 +24,7 @@ from tests.helpers import (
     word,
     written_by,
 )
-from tests.offline.runs import CASE, ENGINE, contents
+from tests.offline.runs import BLOCK, CASE, ENGINE, contents
 from tests.oracle import Oracle, Prompt
 
 LOGPROB_TOLERANCE = 1e-4
@@ -89,6 +89,29 @@ def test_messages_are_written_once_and_replies_token_by_token(
         state, pending = answer.state, contents(ssw)["plain"].content.pending_token_ids
     again = chat(ssw, turns[1], Memory(session="plain", mode="read_only"))
     assert again.memory.version == 2
+
+
+def test_messages_behind_a_shared_prefix_are_written_once(ssw: MemoryLLM, oracle: Oracle) -> None:
+    """And the system message in front of them is neither read nor written."""
+    system = said(400, 2 * BLOCK + 9, "system")
+    prefix = lengths([system])[0]
+    cached = []
+    for name in ("shared a", "shared b"):
+        state, pending = None, ()
+        for number in range(2):
+            messages = [system, said(401 + number + ord(name[-1]), 9), said(403, 40)]
+            output = chat(ssw, messages, Memory(session=name, share_prefix=True))
+            cached.append(output.num_cached_tokens)
+            prompt = output.prompt_token_ids
+            entered = [*prompt[:prefix], *pending, *prompt[prefix:]]
+            fed = [*entered, *output.outputs[0].token_ids[:-1]]
+            shown = prompt_of(prefix + len(pending), messages[1:], 0)
+            answer = oracle(fed, state=state, prompt=shown, prefix=prefix)
+            assert_states_close(ssw.sessions[name].state, answer.state)
+            logprobs = answer.logprobs[len(entered) - 1 :]
+            assert (output_logprobs(output) - logprobs).abs().max() < LOGPROB_TOLERANCE
+            state, pending = answer.state, contents(ssw)[name].content.pending_token_ids
+    assert cached == [0, 2 * BLOCK, 2 * BLOCK, 2 * BLOCK]
 
 
 def test_a_folded_history_is_written_by_messages(ssw: MemoryLLM, oracle: Oracle) -> None:

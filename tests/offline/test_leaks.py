@@ -71,7 +71,7 @@ def test_a_missing_salt_would_be_seen(llm: MemoryLLM, monkeypatch: pytest.Monkey
     """The test above can fail: without salt each memory answers with the first one's keys."""
     memories = memories_of_all_kinds(llm)
     fresh = fresh_answers(llm, memories)
-    monkeypatch.setattr(connector, "extend_cache_salt", lambda request, salt: None)
+    monkeypatch.setattr(connector, "extend_cache_salt", lambda request, salt, **_: None)
     ask(llm, memories["first"], SHARED)
     for name in memories:
         output = ask(llm, memories[name], SHARED)

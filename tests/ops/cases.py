@@ -17,6 +17,7 @@ from deltamem_vllm.ops import (
     MARKS_PER_WORD,
     READ_FROM,
     SPAN_END,
+    STARTS_AT,
     UPDATE_MODES,
     WRITE_FROM,
     WRITE_UNTIL,
@@ -28,6 +29,9 @@ from deltamem_vllm.ops import (
 from deltamem_vllm.state.page import HEADER_WORDS, NEVER, PageLayout, SpanSizes
 
 Step = Callable[..., object]
+
+COPIED = torch.arange(HEADER_WORDS) != STARTS_AT
+"""Words of a header that a step copies."""
 
 OUTSIDE = 2**31 - 1
 """Block table entries that no request owns: whoever follows one leaves the cache."""
@@ -81,7 +85,7 @@ def formula(
     for t in range(tokens):
         if t >= read_from:
             reads[t] = np.einsum("hij,hj->hi", s, q[t]).reshape(-1)
-        if t >= write_from or t < write_until:
+        if t >= read_from and (t >= write_from or t < write_until):
             recalled = np.einsum("hij,hj->hi", s, k[t])
             kept = np.einsum("hi,hij->hij", keep[t], s)
             erased = np.einsum("hi,hi,hj->hij", erase[t], recalled, k[t])
@@ -165,6 +169,9 @@ class Request(NamedTuple):
     forgets: bool = False
     """Of a row that hits: its sliding window left null blocks in the place of earlier ones."""
 
+    alone: bool = False
+    """Starts from the page of its first position, whoever's the blocks before it are."""
+
     def in_spans(self, count: int) -> bool:
         """Whether the page after `count` tokens must know more than the state."""
         return self.write_until < count < self.span_end
@@ -237,7 +244,8 @@ class Case:
         size = self.block_size
         spans = []
         for request in self.requests:
-            first = request.context if request.hits is not None else max(request.context - 1, 0)
+            is_own = request.alone or request.hits is not None
+            first = request.context if is_own else max(request.context - 1, 0)
             last = request.context + request.query - 1
             spans.append(range(first // size, last // size + 1) if request.active else range(0))
         num_blocks = sum(len(span) for span in spans) + 3
@@ -253,13 +261,16 @@ class Case:
         for row, (request, span) in enumerate(zip(self.requests, spans, strict=True)):
             for block in span:
                 self.table[row, block] = next(free)
-            if request.active and request.hits is None and (request.context or self.initialised):
+            is_first = request.hits is None or request.alone
+            if request.active and is_first and (request.context or self.initialised):
                 page = self.table[row, span.start]
                 state = torch.randn(self.rule.state_shape, generator=random) * 0.3
                 pages.states[page, request.context % self.ring] = state
                 header = torch.randint(2**31 - 1, (HEADER_WORDS,), generator=random)
                 header[READ_FROM], header[WRITE_FROM] = request.read_from, request.write_from
                 header[WRITE_UNTIL], header[SPAN_END] = request.write_until, request.span_end
+                if request.alone:
+                    header[STARTS_AT] = request.context
                 pages.header[page] = header
                 if pages.spans is not None and request.in_spans(request.context):
                     pages.spans.frozen[page] = torch.randn(self.rule.state_shape, generator=random)
@@ -273,6 +284,8 @@ class Case:
         null = next(free)
         for row in sorted(range(len(self.requests)), key=lambda row: self.requests[row].context):
             request = self.requests[row]
+            if request.alone:
+                self.table[row, : request.context // size] = null
             if request.hits is not None:
                 blocks = request.context // size
                 self.table[row, :blocks] = self.table[request.hits, :blocks]
@@ -299,6 +312,11 @@ class Case:
     def page(self, row: int, count: int) -> int:
         """The page that holds a row's state after `count` tokens."""
         return int(self.table[row, max(count - 1, 0) // self.block_size])
+
+    def start_page(self, row: int) -> int:
+        """The page that holds what a row starts from."""
+        request = self.requests[row]
+        return self.page(row, request.context + request.alone)
 
     def run(
         self,
@@ -339,7 +357,7 @@ class Case:
             header = torch.zeros(HEADER_WORDS, dtype=torch.int32)
             state = torch.zeros(self.rule.state_shape, dtype=torch.float64)
             if before or self.initialised:
-                page = self.page(row, before)
+                page = self.start_page(row)
                 header, state = pages.header[page].clone(), states[page, before % self.ring].clone()
             trace, frozen, sums = self._trace(row, header, state, exact)
             reads[tokens] = trace.reads
@@ -349,7 +367,7 @@ class Case:
                 page = self.page(row, count)
                 states[page, count % self.ring] = trace.states[count - before - 1]
                 marks[page, count % self.ring] = True
-                pages.header[page] = header
+                pages.header[page, COPIED] = header[COPIED]
                 if pages.spans is not None and request.in_spans(count):
                     slot = count % self.ring
                     self._frozen(exact)[page], self._frozen(written)[page] = frozen, True
@@ -440,6 +458,7 @@ requests = st.builds(
     span_end=st.just(0),
     hits=st.none(),
     forgets=st.just(False),
+    alone=st.just(False),
 )
 
 
@@ -473,6 +492,50 @@ def hitting_cases(draw: st.DrawFn) -> Case:
     rows = [rows[old] for old in order]
     rows = [r if r.hits is None else r._replace(hits=order.index(r.hits)) for r in rows]
     return Case(draw(small_rules), rows, block_size=size, ring=draw(rings), seed=draw(seeds))
+
+
+@st.composite
+def lone_cases(draw: st.DrawFn) -> Case:
+    """Steps in which requests start from pages of their own behind blocks that are another's. Those
+    were filled before, or are in that step, by rows that start so too or do not."""
+    size = draw(st.integers(1, 12))
+    rows = [
+        Request(
+            draw(st.integers(0, 3)) * size,
+            draw(st.integers(1, 4 * size)),
+            alone=draw(st.booleans()),
+            write_from=draw(st.integers(0, 40)),
+        )
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    for _ in range(draw(st.integers(0, 4))):
+        hit = draw(st.integers(0, len(rows) - 1))
+        owner = rows[hit]
+        filled = range(owner.context // size + 1, (owner.context + owner.query) // size + 1)
+        if filled:
+            context = draw(st.sampled_from(filled)) * size
+            query = draw(st.integers(1, 3 * size))
+            read_from = context + draw(st.integers(0, 2 * size))
+            alone = draw(st.sampled_from([True, True, False]))
+            row = Request(context, query, read_from, hits=hit, alone=alone)
+            rows.append(row)
+    order = draw(st.permutations(range(len(rows))))
+    rows = [rows[old] for old in order]
+    rows = [
+        r._replace(
+            hits=None if r.hits is None else order.index(r.hits), alone=r.alone and r.context > 0
+        )
+        for r in rows
+    ]
+    return Case(
+        draw(small_rules),
+        rows,
+        block_size=size,
+        ring=draw(rings),
+        initialised=True,
+        with_spans=draw(st.booleans()),
+        seed=draw(seeds),
+    )
 
 
 @st.composite

@@ -29,6 +29,7 @@ from tests.ops.cases import (
     assert_same,
     definition,
     hitting_cases,
+    lone_cases,
     positions,
     rings,
     seeds,
@@ -105,6 +106,8 @@ requests = st.builds(
     spans=st.just(()),
     span_end=st.just(0),
     hits=st.none(),
+    forgets=st.just(False),
+    alone=st.just(False),
 )
 
 
@@ -202,6 +205,25 @@ def test_a_tree_of_hits_runs_in_the_order_of_the_sequence(chunk: int, initialise
     assert_step_is_right(case, chunk)
     # The last row of the chain did read what came down to it.
     assert run(case, chunk).reads[case.tokens(3)].abs().max() > 0
+
+
+@examples(40)
+@given(case=lone_cases(), chunk=chunks)
+def test_a_row_may_start_from_its_own_page_behind_blocks_of_another(case: Case, chunk: int) -> None:
+    assert_step_is_right(case, chunk)
+
+
+@pytest.mark.parametrize("chunk", [3, SCAN])
+@pytest.mark.parametrize("page", [OUTSIDE, -1])
+def test_a_bad_page_of_a_row_that_could_start_alone_is_not_followed(chunk: int, page: int) -> None:
+    rows = [Request(8, 3, hits=1, alone=True), Request(0, 12), Request(8, 2, hits=1, alone=True)]
+    case = Case(DeltaRule(4), rows, block_size=4, initialised=True)
+    table = case.table.clone()
+    table[0, 2] = page
+    good, bad = run(case, chunk), run(case, chunk, batch=case.batch._replace(block_table=table))
+    assert torch.equal(bad.reads[3:17], good.reads[3:17])
+    if chunk != SCAN:
+        assert torch.equal(bad.reads[:3], torch.zeros_like(bad.reads[:3]))
 
 
 @pytest.mark.parametrize("chunk", [2, 4, 8])

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from deltamem_vllm.config import StateUpdateMode
 from deltamem_vllm.ops import (
+    STARTS_AT,
     UPDATE_MODES,
     Batch,
     DeltaRule,
@@ -29,6 +30,7 @@ from tests.ops.cases import (
     formula,
     hitting_cases,
     kernel,
+    lone_cases,
     rings,
     rules,
     seeds,
@@ -78,6 +80,53 @@ def test_a_chain_of_hits_runs_in_the_order_of_the_sequence() -> None:
     assert_step_is_right(case)
     # Row 0 did read what row 1 wrote, which started from what row 2 wrote.
     assert case.run(kernel).reads[:5].abs().max() > 0
+
+
+@examples(60)
+@given(lone_cases())
+def test_a_row_may_start_from_its_own_page_behind_blocks_of_another(case: Case) -> None:
+    assert_step_is_right(case)
+
+
+@pytest.mark.parametrize("ring", [1, 3])
+@pytest.mark.parametrize("query", [1, 5, 20])
+def test_rows_that_start_alone_at_one_shared_block_stay_apart(ring: int, query: int) -> None:
+    """Among them rows that hit the same block, which is filled in this step, and go on from it; and
+    one whose prompt is written by spans behind the block."""
+    rows = [
+        Request(8, query, read_from=8 + query // 2, hits=3, alone=True),
+        Request(8, query, read_from=9, hits=3, alone=True, write_until=10, span_end=40,
+                spans=((10, 12), (12, 40))),
+        Request(8, query, hits=3),
+        Request(0, 8, read_from=3),
+        Request(8, 1),
+        Request(8 + 8 * (query >= 8), 2, hits=0 if query >= 8 else 3),
+    ]  # fmt: skip
+    case = Case(DeltaRule(4, 2), rows, block_size=8, ring=ring, initialised=True, with_spans=True)
+    assert_step_is_right(case)
+
+
+def test_a_word_that_names_another_position_starts_no_row() -> None:
+    case = Case(DeltaRule(4), [Request(8, 3), Request(7, 2)], block_size=8, initialised=True)
+    pages = case.layout.views(case.raw)
+    pages.header[case.page(0, 9), STARTS_AT] = 16
+    pages.header[case.page(1, 9), STARTS_AT] = 8  # its first position is before the block
+    assert_step_is_right(case)
+
+
+def test_pages_that_nobody_initialises_start_no_row() -> None:
+    case = Case(DeltaRule(4), [Request(8, 3)], block_size=8)
+    case.layout.views(case.raw).header[case.page(0, 9), STARTS_AT] = 8
+    assert_step_is_right(case)
+
+
+def test_positions_before_the_first_that_reads_write_nothing() -> None:
+    case = Case(DeltaRule(4), [Request(0, 9, 6, 0, 8)], block_size=4, initialised=True)
+    state = case.layout.views(case.raw).states[case.page(0, 0), 0].clone()
+    states = case.states(case.run(kernel))
+    assert torch.equal(states[case.page(0, 4), 0], state)
+    assert not torch.equal(states[case.page(0, 8), 0], state)
+    assert_step_is_right(case)
 
 
 # One sequence in several steps

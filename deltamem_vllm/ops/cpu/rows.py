@@ -22,7 +22,7 @@ from deltamem_vllm.ops.cpu.numbers import (
     Numbers,
 )
 from deltamem_vllm.ops.cpu.spans import run_span_tokens
-from deltamem_vllm.ops.cpu.states import load, store
+from deltamem_vllm.ops.cpu.states import load, start_page, store, store_header
 from deltamem_vllm.ops.cpu.views import ERASE, KEEP, KEY, QUERY, WRITTEN
 from deltamem_vllm.ops.rule import READ_FROM, SPAN_END, WRITE_FROM, WRITE_UNTIL
 
@@ -43,13 +43,11 @@ def run_row(
         row: which.
         state, read, words: [H, r, width], [width] and a header's words, of this thread.
     """
-    block_size = layer[BLOCK_SIZE]
-    headers, table = views.headers(layer), views.block_table(step)
-    starts = views.query_start_loc(step)
+    headers, starts = views.headers(layer), views.query_start_loc(step)
     start, stop = starts[row], starts[row + 1]
     before = views.seq_lens(step)[row] - (stop - start)
     if before > 0 or layer[PAGES_ARE_INITIALISED]:
-        page = table[row, max(before - 1, 0) // block_size]
+        page = start_page(layer, step, row, before)
         load(views.pages(layer)[page], before % layer[RING], state)
         for i in range(words.size):
             words[i] = headers[page, i]
@@ -97,7 +95,7 @@ def _run_tokens(
     position = end - (views.query_start_loc(step)[row + 1] - first)
     for token in range(first, last):
         is_read = position >= words[READ_FROM]
-        is_written = position >= words[WRITE_FROM] or position < words[WRITE_UNTIL]
+        is_written = is_read and (position >= words[WRITE_FROM] or position < words[WRITE_UNTIL])
         for head in range(heads):
             vector = vectors + (token * heads + head) * vector_bytes
             lanes = state_at + head * state_bytes
@@ -119,5 +117,4 @@ def _run_tokens(
         if position % block_size == 0 or position > end - ring:
             page = table[row, (position - 1) // block_size]
             store(state, pages[page], position % ring)
-            for i in range(words.size):
-                headers[page, i] = words[i]
+            store_header(words, headers, page)

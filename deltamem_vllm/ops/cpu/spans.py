@@ -24,7 +24,7 @@ from deltamem_vllm.ops.cpu.numbers import (
     Ints,
     Numbers,
 )
-from deltamem_vllm.ops.cpu.states import load, store
+from deltamem_vllm.ops.cpu.states import load, store, store_header
 from deltamem_vllm.ops.cpu.views import ACTIVATIONS, ERASE, KEEP, KEY, QUERY, WRITTEN
 from deltamem_vllm.ops.rule import (
     ENDS_SPAN,
@@ -123,8 +123,7 @@ def run_span_tokens(
         position += 1
         if position % block_size == 0 or position > end - ring:
             store(state, pages[page], position % ring)
-            for i in range(words.size):
-                headers[page, i] = words[i]
+            store_header(words, headers, page)
             if position < words[SPAN_END]:
                 store(frozen, pages[page, frozen_at:], 0)
                 at = sums_at + position % ring * sums.size

@@ -4,7 +4,8 @@
 2. Tokens are projected and activated, many at once.
 3. Requests run, one after the other or on several threads. vLLM lets a request hit, in the prefix
    cache, a block that another request fills in the same step. Hits are whole blocks, so only rows
-   whose context ends at a block boundary can do that: the late rows.
+   whose context ends at a block boundary can do that: the late rows, but for those that start from
+   a page of their own.
 4. Late rows run, in the order of their contexts: whoever fills a block began earlier in its
    sequence.
 5. Reads correct what they are for.
@@ -75,6 +76,7 @@ from deltamem_vllm.ops.cpu.numbers import (
 )
 from deltamem_vllm.ops.cpu.products import add_norms, correct, project
 from deltamem_vllm.ops.cpu.rows import run_row
+from deltamem_vllm.ops.cpu.states import start_page, starts_alone
 from deltamem_vllm.ops.cpu.views import ERASE, KEEP, KEY, QUERY, WRITTEN
 
 PREFETCHED: Final = 1024
@@ -99,7 +101,8 @@ def _context(step: Numbers, row: int) -> int:
 @compiled
 def _is_late(layer: Numbers, step: Numbers, row: int) -> bool:
     before = _context(step, row)
-    return before > 0 and before % layer[BLOCK_SIZE] == 0
+    at_boundary = before > 0 and before % layer[BLOCK_SIZE] == 0
+    return at_boundary and not starts_alone(layer, step, row, before)
 
 
 @compiled
@@ -131,12 +134,11 @@ def _check(layer: Numbers, step: Numbers, call: Numbers) -> None:
 @compiled
 def _prefetch_pages(layer: Numbers, step: Numbers) -> None:
     """Ask for the pages that rows will load, each somewhere else, while tokens are projected."""
-    table = views.block_table(step)
     state_bytes = layer[HEADS] * layer[RANK] * layer[RANK] * WORD_BYTES
     for row in range(step[NUM_ROWS]):
         if _has_tokens(step, row):
             before = _context(step, row)
-            page = table[row, max(before - 1, 0) // layer[BLOCK_SIZE]]
+            page = start_page(layer, step, row, before)
             slot = layer[STATES] + page * layer[STATES_STRIDE] * WORD_BYTES
             slot += before % layer[RING] * state_bytes
             prefetch(slot, min(state_bytes, PREFETCHED))
