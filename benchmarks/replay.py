@@ -7,8 +7,9 @@ A condition says what of its past a turn shows, and whether there is a memory:
 - `window`: the last exchanges.
 - `retrieval`: the last exchanges, and older ones that BM25 finds for the question.
 - `memory`: the last exchanges, and a session into which all older ones were written.
+- `memory_shared`: the same with `share_prefix`; only where a system prompt stands in front.
 
-All but the last say `"mode": "off"`: the base model, on the same server.
+All but the last two say `"mode": "off"`: the base model, on the same server.
 """
 
 import asyncio
@@ -26,8 +27,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks.conversations import Conversation
 
-Condition = Literal["full_cold", "full_warm", "window", "retrieval", "memory"]
+Condition = Literal["full_cold", "full_warm", "window", "retrieval", "memory", "memory_shared"]
 CONDITIONS: Final[tuple[Condition, ...]] = get_args(Condition)
+WITH_MEMORY: Final[tuple[Condition, ...]] = ("memory", "memory_shared")
 
 POLL_S = 0.1
 """How often gauges are looked at while turns run."""
@@ -124,6 +126,11 @@ async def connected(
         yield Served(pid, model, window, output_tokens, *sizes, ai, http)
 
 
+def conditions_of(prefix: int) -> tuple[Condition, ...]:
+    """Those that differ, with a system prompt of so many tokens."""
+    return CONDITIONS if prefix else tuple(one for one in CONDITIONS if one != "memory_shared")
+
+
 def request_of(conversation: Conversation, condition: Condition, window: int) -> dict[str, Any]:
     """Messages of a conversation's next turn, and what the body says beside them."""
     # Conditions do not find each other's blocks.
@@ -138,10 +145,12 @@ def request_of(conversation: Conversation, condition: Condition, window: int) ->
             messages = conversation.window(window)
         case "retrieval":
             messages = conversation.retrieved(window)
-        case "memory":
+        case "memory" | "memory_shared":
             messages = conversation.full()
             shown = {"messages": 2 * window + 1}
             extra = {"memory": {"session": conversation.name, "window": shown}}
+            if condition == "memory_shared":
+                extra["memory"]["share_prefix"] = True
     return {"messages": [message.as_dict() for message in messages], "extra_body": extra}
 
 

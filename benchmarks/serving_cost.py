@@ -46,10 +46,11 @@ from benchmarks.conversations import Conversation, make_conversation, token_coun
 from benchmarks.engines import in_turns
 from benchmarks.figures import check_plot
 from benchmarks.replay import (
-    CONDITIONS,
+    WITH_MEMORY,
     Condition,
     Round,
     Served,
+    conditions_of,
     connected,
     run_round,
     state_bytes,
@@ -169,7 +170,7 @@ async def measure_cells(
     for number in range(plan.rounds + 1):
         for cell in cells:
             progress.print(f"round {number} of {plan.rounds}: {cell}")
-            for condition in in_turns(list(CONDITIONS), number):
+            for condition in in_turns(list(conditions_of(cell.prefix)), number):
                 ones = clients[cell][condition]
                 found = await run_round(served, ones, condition)
                 turns = found.turns
@@ -194,7 +195,7 @@ async def measure_cells(
 def clients_of(make: Maker, cell: Cell) -> Clients:
     """The same conversations under each condition."""
     clients: Clients = {}
-    for condition in CONDITIONS:
+    for condition in conditions_of(cell.prefix):
         clients[condition] = [
             make(
                 f"{condition}-{cell.history}-{cell.concurrency}-{cell.prefix}",
@@ -212,7 +213,7 @@ async def at_rest(
 ) -> dict[str, float | None]:
     """Bytes of a conversation between turns: its text, and what the next turn needs beside it."""
     sizes: list[int] = []
-    if condition == "memory":
+    if condition in WITH_MEMORY:
         sizes = [await state_bytes(served, one) for one in ones]
     elif condition == "retrieval":
         sizes = [one.index.nbytes() for one in ones if one.index is not None]

@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 from rich.table import Table
 
 from benchmarks.common import console
-from benchmarks.replay import CONDITIONS
+from benchmarks.replay import conditions_of
 
 TITLES = {
     "full_cold": "full history, cold",
@@ -18,6 +18,7 @@ TITLES = {
     "window": "window",
     "retrieval": "window + retrieval",
     "memory": "window + memory",
+    "memory_shared": "window + memory, shared prefix",
 }
 
 Sample = Mapping[str, Any]
@@ -188,11 +189,12 @@ def show(
         said = f"history {history:,} tokens, {concurrency} at once"
         table = Table(title=f"{title}\n{said}" + (f", shared prefix {prefix:,}" if prefix else ""))
         table.add_column("", no_wrap=True)
-        for condition in CONDITIONS:
+        shown = conditions_of(prefix)
+        for condition in shown:
             table.add_column(TITLES[condition], justify="right")
         for name, text in ROWS.items():
-            table.add_row(name, *(text(found[condition, *cell]) for condition in CONDITIONS))
-        price = (f"{found[condition, *cell].price(price_per_hour):.3g}" for condition in CONDITIONS)
+            table.add_row(name, *(text(found[condition, *cell]) for condition in shown))
+        price = (f"{found[condition, *cell].price(price_per_hour):.3g}" for condition in shown)
         table.add_row(f"1,000 turns at {price_per_hour:g} an hour", *price)
         console.print(table)
     for one in capacities:
@@ -224,7 +226,7 @@ def plot(samples: Sequence[Sample], title: str, price_per_hour: float, file: Pat
     )
     for panel, (heading, label, concurrency, name) in zip(panels, parts, strict=True):
         panel.set(title=heading, xlabel="tokens of history", ylabel=label)
-        for condition in CONDITIONS:
+        for condition in conditions_of(0):
             ones = [found[condition, length, concurrency, 0] for length in lengths]
             values = [
                 one.price(price_per_hour) if name == "price" else getattr(one, name) for one in ones

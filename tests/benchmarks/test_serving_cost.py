@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.conversations import HEADING, Conversation, make_conversation, token_counter
-from benchmarks.replay import CONDITIONS, connected, request_of
+from benchmarks.replay import CONDITIONS, WITH_MEMORY, connected, request_of
 from benchmarks.serving_cost import NAME, Cell, Maker, Plan, largest, measure_cells, server
 from benchmarks.serving_cost_results import Capacity, figures, plot, summarise
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
@@ -34,8 +34,10 @@ def test_conditions_show_what_they_say(conversation: Conversation) -> None:
     assert len(full) == 2 * len(conversation.exchanges) + 2
     assert contents(sent["full_cold"]) == contents(sent["memory"]) == full
     assert contents(sent["window"]) == [full[0], *full[-2 * WINDOW - 1 :]]
-    salts = [sent[name]["extra_body"].get("cache_salt") for name in CONDITIONS]
-    assert len(set(salts)) == len(CONDITIONS)
+    without = [name for name in CONDITIONS if name not in WITH_MEMORY]
+    assert len({sent[name]["extra_body"]["cache_salt"] for name in without}) == len(without)
+    memories = [sent[name]["extra_body"]["memory"] for name in WITH_MEMORY]
+    assert memories[1] == {**memories[0], "share_prefix": True}
     again = request_of(conversation, "full_cold", WINDOW)
     assert again["extra_body"]["cache_salt"] != sent["full_cold"]["extra_body"]["cache_salt"]
     assert sent["memory"]["extra_body"]["memory"]["window"] == {"messages": 2 * WINDOW + 1}
@@ -118,22 +120,25 @@ def test_a_cell_is_measured_on_a_real_server(tmp_path: Path) -> None:
     pytest.importorskip("bm25s")
     plan = Plan(
         backbone="demo model", model=str(model_dir()), adapter=str(adapter_dir("tsw")),
-        dtype="float32", histories=(300, 400), concurrency=(2,), prefixes=(0,), rounds=1,
+        dtype="float32", histories=(300, 400), concurrency=(2,), prefixes=(128,), rounds=1,
         output_tokens=4, threads=1, block_size=32, kv_gib=1,
     )  # fmt: skip
 
     async def measured() -> list[dict[str, Any]]:
         with server(plan, tmp_path, "server") as (url, pid):
             async with connected(url, pid, NAME, WINDOW, plan.output_tokens) as served:
-                cells = [Cell(400, 2, 0)]
+                cells = [Cell(400, 2, 128)]
                 async for found in measure_cells(served, plan, Maker(plan), cells):
                     samples = found
                 return samples
 
     counted = {one["condition"]: one for one in asyncio.run(measured()) if one["round"]}
-    cold, warm, window, memory = (
-        counted[name] for name in ("full_cold", "full_warm", "window", "memory")
+    cold, warm, window, memory, shared = (
+        counted[name] for name in ("full_cold", "full_warm", "window", "memory", "memory_shared")
     )
+    # The system prompt's blocks: cached for both sessions, of whatever memory.
+    assert shared["used_cached"] >= 2 * (128 // plan.block_size - 1) * plan.block_size
+    assert shared["used_cached"] > memory["used_cached"]
     assert cold["used_cached"] == 0
     assert cold["used_computed"] == sum(cold["prompt_tokens"])
     assert warm["prompt_tokens"] == cold["prompt_tokens"]
