@@ -35,6 +35,9 @@ DATE_HINT: Final = " Answer with an approximate date, by the dates of the conver
 NO_INFORMATION: Final = "No information available"
 OPTIONS: Final = " (a) {a} (b) {b} Answer with (a) or (b)."
 
+_OPTION: Final = re.compile(r"\(([ab])\)|([ab])(?:[).:]|$)", flags=re.IGNORECASE)
+"""A letter that names an option, and not the article of an answer."""
+
 _ARTICLES: Final = re.compile(r"\b(a|an|the|and)\b")
 _PUNCTUATION: Final = str.maketrans("", "", string.punctuation)
 
@@ -74,9 +77,9 @@ def cleaned(reply: str, question: Asked) -> str:
     answer = lines[0] if lines else ""
     answer = re.sub(r"^answer\s*:\s*", "", answer, flags=re.IGNORECASE)
     if question.options is not None:
-        chosen = re.match(r"\(?([ab])\b\)?", answer.strip(), flags=re.IGNORECASE)
+        chosen = _OPTION.match(answer)
         if chosen is not None:
-            return question.options["ab".index(chosen[1].lower())]
+            return question.options["ab".index((chosen[1] or chosen[2]).lower())]
     return answer
 
 

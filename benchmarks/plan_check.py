@@ -43,6 +43,9 @@ from deltamem_vllm.planning import (
 
 WAYS: tuple[WayName, ...] = ("full_cold", "full_warm", "window", "memory")
 
+VERSIONS_KEPT = Workload().versions_kept
+"""Of each session; the server's default too, and each conversation has at least as many turns."""
+
 
 class Line(NamedTuple):
     """One figure, planned and measured."""
@@ -139,8 +142,8 @@ def lines(
             yield Line("turn, ms", name, history, 1e3 * way.replica_s, seconds)
         kept = measured.found["memory", history].rest_bytes
         if kept:
-            versions = round(kept / memory.state_bytes)
-            yield Line("states kept, bytes", "memory", history, versions * memory.state_bytes, kept)
+            states = VERSIONS_KEPT * memory.state_bytes
+            yield Line("states kept, bytes", "memory", history, states, kept)
     for capacity in measured.capacities:
         blocks = math.ceil((capacity.prompt_tokens + PROBE_OUTPUT) / block_size)
         at_once = (capacity.blocks - 1) // blocks

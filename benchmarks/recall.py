@@ -216,15 +216,28 @@ def groups_of(names: str) -> tuple[Group, ...]:
     return tuple(known[name] for name in asked)
 
 
+def folder_of(adapter: str) -> Path:
+    """Where an adapter lies: one of the demo's by its name, any other by its folder."""
+    from deltamem_vllm.demo.assets import DEMO_ADAPTERS, adapter_dir
+
+    return adapter_dir(adapter) if adapter in DEMO_ADAPTERS else Path(adapter)
+
+
+def fingerprints(adapters: Sequence[str]) -> dict[str, str]:
+    """Adapter -> of its weights, so that results of others are not gone on with."""
+    from deltamem_vllm.adapter import load_adapter
+
+    return {adapter: load_adapter(folder_of(adapter)).fingerprint for adapter in adapters}
+
+
 def engine(adapter: str) -> Any:
     """The demo model with one of its adapters."""
     from deltamem_vllm import MemoryLLM
-    from deltamem_vllm.demo.assets import DEMO_ADAPTERS, adapter_dir, model_dir
+    from deltamem_vllm.demo.assets import model_dir
 
-    folder = adapter_dir(adapter) if adapter in DEMO_ADAPTERS else Path(adapter)
     return MemoryLLM(
         str(model_dir()),
-        adapter=str(folder),
+        adapter=str(folder_of(adapter)),
         dtype="float32",
         max_model_len=MAX_MODEL_LEN,
         enforce_eager=True,
@@ -260,7 +273,12 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     warnings.simplefilter("ignore", FutureWarning)
-    settings = {"questions_per_seed": count, "window": WINDOW_MESSAGES, "turns": RETRIEVED_TURNS}
+    settings: dict[str, Any] = {
+        "questions_per_seed": count,
+        "window": WINDOW_MESSAGES,
+        "turns": RETRIEVED_TURNS,
+    }
+    settings["fingerprints"] = fingerprints(adapters)
     where = environment(**settings, adapters=adapters, seeds=seeds)
     lines = given.lines or Path(os.devnull)
     records = Records(lines, settings)

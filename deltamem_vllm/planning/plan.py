@@ -156,7 +156,9 @@ class _Planner:
         }[name]
         computed = prompt - cached
         blocks = self._blocks(with_memory)
-        shared = 0 if with_memory else self._whole(work.standing) // self.block_size
+        # Turns hold one copy of what they find in the prefix cache.
+        is_shared = name in ("full_warm", "window")
+        shared = self._whole(work.standing) // self.block_size if is_shared else 0
         total = math.ceil((prompt + work.reply) / self.block_size)
         at_once = max(blocks - shared, 0) // max(total - shared, 1)
         if at_once < 1:

@@ -45,6 +45,9 @@ class RunState(BaseModel):
     settings: dict[str, Any]
     """That decide the weights."""
 
+    data: str = ""
+    """Digest of the conversations."""
+
     step: int = 0
     losses: list[float] = []
     """Of each step."""

@@ -13,6 +13,7 @@ Questions stand at the end, at least one, and each is asked by itself: none sees
 if given, is the part of an answer that only the history tells; its tokens weigh more in the loss.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,15 @@ def read_conversations(path: Path) -> list[MarkedConversation]:
     if not found:
         raise TrainingDataError(f"{path}: holds no conversations ({PATTERN}, one a line)")
     return found
+
+
+def digest(*parts: Sequence[MarkedConversation]) -> str:
+    """Of what the conversations say, wherever they stand."""
+    whole = hashlib.sha256()
+    for part in parts:
+        said = [(one.system, one.history, one.questions) for one in part]
+        whole.update(repr(said).encode("utf-8", "surrogatepass"))
+    return whole.hexdigest()
 
 
 def _read(file: Path) -> Iterator[MarkedConversation]:

@@ -142,6 +142,7 @@ def block_attention_mask(
 
 
 def weighted_loss(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean cross-entropy of `logits` [N, V] for `targets` [N] with `weights` [N]."""
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    """Weighted mean cross-entropy of `logits` [N, V] for `targets` [N] with `weights` [N], fp32."""
+    # In bf16 each token's loss would be rounded to three digits.
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
     return (losses * weights).sum() / weights.sum().clamp_min(1e-6)

@@ -1,5 +1,6 @@
 """One training run: a backbone and conversations in, an adapter with its model card out."""
 
+import math
 import random
 import signal
 import threading
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deltamem_vllm.adapter import Adapter, BackboneShape, resolve_base_dir, save_adapter
+from deltamem_vllm.adapter.names import ADAPTER_FILES
 from deltamem_vllm.errors import BackboneError, TrainingError
 from deltamem_vllm.training import checkpoint
 from deltamem_vllm.training.adapter_trainer import (
@@ -31,8 +33,8 @@ from deltamem_vllm.training.adapter_trainer import (
 from deltamem_vllm.training.attached import AttachedMemory
 from deltamem_vllm.training.chat_encoding import ChatMode, TemplateEncoder
 from deltamem_vllm.training.checkpoint import Evaluation, RunState
-from deltamem_vllm.training.conversations import MarkedConversation, read_conversations
-from deltamem_vllm.training.report import write_card, write_plot
+from deltamem_vllm.training.conversations import MarkedConversation, digest, read_conversations
+from deltamem_vllm.training.report import CARD, PLOT, write_card, write_plot
 from deltamem_vllm.training.settings import TrainSettings
 
 BATCHES_SORTED = 8
@@ -68,7 +70,7 @@ class TrainingRun:
         say: is told what goes on, a line at a time.
 
     Raises:
-        TrainingError: the output folder holds another run, or a finished one.
+        TrainingError: the output folder holds another run, a finished one, or what is no run's.
         TrainingDataError: a conversation is not valid; the message names file and line.
         BackboneError: there is no such backbone, or it has another layout.
         ConfigError: the adapter asked for is not one.
@@ -101,7 +103,7 @@ class TrainingRun:
         self._memory = AttachedMemory(self._model, config)
         self._stepper = AdapterStepper(self._model, self._memory, _plan(settings))
         self._best: dict[str, Tensor] = {}
-        self.state = RunState(settings=settings.deciding())
+        self.state = RunState(settings=settings.deciding(), data=digest(training, held_out))
         if kept is not None:
             self._go_on(kept)
 
@@ -113,6 +115,7 @@ class TrainingRun:
 
         Raises:
             KeyboardInterrupt: after a checkpoint was written.
+            TrainingError: the loss is no number any more.
             OSError: the folder cannot be written.
         """
         settings, state = self._settings, self.state
@@ -124,7 +127,7 @@ class TrainingRun:
                     if interrupted:
                         raise KeyboardInterrupt
                     return None
-                state.losses.append(self._step(state.step))
+                state.losses.append(_finite(self._step(state.step), state.step + 1))
                 state.step += 1
                 progress.update()
                 if state.step % settings.eval_every == 0 or state.step == settings.steps:
@@ -165,7 +168,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _evaluate(self) -> None:
-        losses, exact, asked = 0.0, 0, 0
+        losses, weights, exact, asked = 0.0, 0.0, 0, 0
         for start in range(0, len(self._data.held_out), self._settings.eval_batch):
             part = self._data.held_out[start : start + self._settings.eval_batch]
             # Each mode that is trained counts alike.
@@ -174,14 +177,16 @@ class TrainingRun:
                 batch = batch.to(self._model.device)
                 write_histories(self._model, self._memory, batch)
                 hidden = ask_questions(self._model, self._memory, batch)
-                count = len(batch.owner)
-                losses += count * float(weighted_answer_loss(self._model, hidden, batch))
+                weight = float(batch.question_weights[:, 1:].sum())
+                losses += weight * float(weighted_answer_loss(self._model, hidden, batch))
+                weights += weight
                 exact += sum(
                     greedy_matches(self._model, hidden, batch.question_ids, batch.question_weights)
                 )
-                asked += count
+                asked += len(batch.owner)
         self._memory.reset()
-        look = Evaluation(step=self.state.step, loss=losses / asked, exact=exact / asked)
+        loss = _finite(losses / weights, self.state.step)
+        look = Evaluation(step=self.state.step, loss=loss, exact=exact / asked)
         self.state.evaluations.append(look)
         if self.state.best is look:
             self._best = {
@@ -200,6 +205,11 @@ class TrainingRun:
         checkpoint.save(self._settings.out, self.state, tensors)
 
     def _go_on(self, kept: checkpoint.Checkpoint) -> None:
+        if kept.state.data != self.state.data:
+            raise TrainingError(
+                f"{self._settings.out}: the conversations changed since its run began; give "
+                "another folder"
+            )
         self.state = kept.state
         self._best = {
             name.removeprefix("best."): tensor
@@ -337,10 +347,18 @@ def _found(settings: TrainSettings) -> checkpoint.Checkpoint | None:
     """The unfinished run that the output folder holds.
 
     Raises:
-        TrainingError: it holds another one, or a finished one.
+        TrainingError: it holds another one, a finished one, or files that a run would replace.
     """
     kept = checkpoint.load(settings.out)
     if kept is None:
+        # A model's folder takes no adapter, which would be said at the end.
+        names = (*ADAPTER_FILES, CARD, PLOT, "config.json")
+        present = [name for name in names if (settings.out / name).exists()]
+        if present:
+            raise TrainingError(
+                f"{settings.out}: already holds {', '.join(present)}, not of an unfinished run; "
+                "give another folder"
+            )
         return None
     if kept.state.finished:
         raise TrainingError(f"{settings.out}: the run in it is finished; give another folder")
@@ -356,6 +374,15 @@ def _found(settings: TrainSettings) -> checkpoint.Checkpoint | None:
             "folder"
         )
     return kept
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"step {step}: the loss is {loss}; a lower --learning-rate may help. The last "
+            "checkpoint, if there is one, is from before"
+        )
+    return loss
 
 
 def _plan(settings: TrainSettings) -> AdapterTraining:

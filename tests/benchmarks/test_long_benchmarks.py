@@ -87,7 +87,9 @@ def test_an_adversarial_question_has_two_options_whose_order_changes() -> None:
         assert f"(a) {one.options[0]} (b) {one.options[1]}" in one.text
         assert protocol.cleaned("(b)", one) == one.options[1]
         assert protocol.cleaned(" A) because", one) == one.options[0]
-        assert protocol.cleaned("Bob did", one) == "Bob did"
+        assert protocol.cleaned("b", one) == one.options[1]
+        for words in ("Bob did", "A friend of Ann's", "a, I think"):
+            assert protocol.cleaned(words, one) == words
     plain = protocol.asked(SAMPLE["qa"][0], "made-up/0")
     assert protocol.cleaned("\n Answer: Bern\nAnn said so.", plain) == "Bern"
     assert protocol.DATE_HINT in protocol.asked(SAMPLE["qa"][1], "made-up/1").text

@@ -25,7 +25,8 @@ def sample(condition: str, history: int) -> dict[str, Any]:
         "first_s": [0.001 * computed], "per_token_s": [0.01], "prompt_tokens": [shown],
         "wall_s": 1.0, "used_cpu_s": 1.0, "used_computed": computed, "used_preemptions": 0,
         "peak_running": 1, "peak_blocks": -(-(shown + REPLY) // BLOCK), "text_bytes": 1000,
-        "rest_bytes": 4 * 1024 if condition == "memory" else None,
+        # Four versions of 1 KiB are planned.
+        "rest_bytes": 4096 * history / 512 if condition == "memory" else None,
     }  # fmt: skip
 
 
@@ -52,6 +53,7 @@ def test_plan_and_measurement_stand_side_by_side(tmp_path: Path) -> None:
             assert found["blocks of a turn", condition, history].error == 0
             assert found["tokens computed", condition, history].error == 0
     assert found["states kept, bytes", "memory", 512].error == 0
+    assert found["states kept, bytes", "memory", 1024].error == -0.5
     assert found["turns at once", "memory", 256].planned == 10  # 110 blocks, 11 each
     # Calibrated by the shortest full history; attention makes the longer one's tokens dearer.
     assert found["first token, ms", "full_cold", 512].error == pytest.approx(0)

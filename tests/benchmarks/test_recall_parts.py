@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.conditions import CONDITIONS, retrieved, turns_of
-from benchmarks.recall import TEXT, jobs_of, summary_of
+from benchmarks.recall import TEXT, fingerprints, jobs_of, summary_of
 from benchmarks.recall_groups import FURTHER, MAIN, Group, cases_of
 from benchmarks.records import Estimate, Records, bootstrap
+from deltamem_vllm.adapter import load_adapter, save_adapter
+from deltamem_vllm.demo.assets import adapter_dir
 from deltamem_vllm.demo.facts import split_of
 from deltamem_vllm.demo.vocabulary import SLOTS
 
@@ -33,6 +35,20 @@ def test_questions_that_share_a_conversation_widen_the_interval() -> None:
     alone, together = bootstrap(repeated), bootstrap(repeated, owners)
     assert together.high - together.low > 3 * (alone.high - alone.low)
     assert together.mean == alone.mean
+
+
+def test_results_of_an_adapter_are_not_taken_for_those_of_another_in_its_place(
+    tmp_path: Path,
+) -> None:
+    folder, lines = tmp_path / "adapter", tmp_path / "lines.jsonl"
+    for name in ("tsw", "msw"):
+        save_adapter(load_adapter(adapter_dir(name)), folder, overwrite=True)
+        settings = {"fingerprints": fingerprints([str(folder)])}
+        if name == "tsw":
+            Records(lines, settings).add({"key": "a"})
+            assert "a" in Records(lines, settings)
+    with pytest.raises(SystemExit, match="other settings"):
+        Records(lines, settings)
 
 
 def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:

@@ -62,6 +62,14 @@ def test_a_shared_prefix_is_held_once_without_memory_and_by_each_with_it() -> No
     assert shared.way("memory").turns_at_once < alone.way("memory").turns_at_once / 4
 
 
+def test_turns_share_no_blocks_of_a_prefix_that_each_computes() -> None:
+    cold, warm = (
+        planned(machine(), standing=1600).way(name) for name in ("full_cold", "full_warm")
+    )
+    assert cold.computed_tokens == cold.prompt_tokens
+    assert cold.turns_at_once == cold.blocks // cold.blocks_per_turn < warm.turns_at_once
+
+
 def test_price_is_that_of_the_hours_taken() -> None:
     cheap, dear = (planned(machine(price_per_hour=price)).way("memory") for price in (1, 3))
     assert cheap.price_per_1000_turns == pytest.approx(1000 * cheap.replica_s / 3600)

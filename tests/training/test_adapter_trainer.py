@@ -22,7 +22,7 @@ from deltamem_vllm.training.adapter_trainer import (
 from deltamem_vllm.training.attached import AttachedMemory, attach
 from deltamem_vllm.training.backbone import pack, packed_loss
 from deltamem_vllm.training.demo_data import WRITE_MODES, WriteMode, encode_batch, encode_history
-from deltamem_vllm.training.encoding import ChatEncoder
+from deltamem_vllm.training.encoding import ChatEncoder, weighted_loss
 from deltamem_vllm.training.evaluate import exact_matches
 
 TOLERANCE = 1e-4
@@ -160,3 +160,14 @@ def test_the_demo_is_trained_by_one_command(tmp_path: Path) -> None:
         assert made.config == load_adapter(adapter_dir(name)).config
     scores = json.loads((tmp_path / "results.json").read_text())
     assert {score["adapter"] for score in scores} == {None, *DEMO_ADAPTERS}
+
+
+def test_the_loss_of_a_bf16_backbone_is_not_rounded() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(40, 1000, generator=generator)).bfloat16()
+    targets = torch.randint(1000, (40,), generator=generator)
+    for row in range(40):
+        one, target = logits[row : row + 1], targets[row : row + 1]
+        expected = torch.logsumexp(one.double(), -1) - one.double()[0, target]
+        loss = weighted_loss(one, target, torch.ones(1))
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

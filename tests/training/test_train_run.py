@@ -1,6 +1,7 @@
 """`deltamem train`: what it learns, writes, refuses, and that it can be interrupted."""
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from deltamem_vllm.demo.facts import Conversation
 from deltamem_vllm.errors import TrainingDataError, TrainingError
 from deltamem_vllm.training.chat_encoding import ChatMode, TemplateEncoder
 from deltamem_vllm.training.checkpoint import FOLDER
+from deltamem_vllm.training.checkpoint import load as load_checkpoint
 from deltamem_vllm.training.conversations import parse, read_conversations
 from deltamem_vllm.training.demo_data import encode_history
 from deltamem_vllm.training.encoding import ChatEncoder
@@ -142,6 +144,54 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path) -> None:
     finished(settings)
     with pytest.raises(TrainingError, match="is finished"):
         TrainingRun(settings, lambda line: None)
+
+
+@pytest.mark.parametrize("name", ["README.md", "delta_mem_adapter.pt", "config.json"])
+def test_a_folder_with_files_of_others_is_refused_and_left_alone(
+    data: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(TrainingError, match=f"already holds {name}"):
+        TrainingRun(settings_of(data, tmp_path, steps=1), lambda line: None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_does_not_go_on_with_other_conversations(data: Path, tmp_path: Path) -> None:
+    """What was learned might be held out then."""
+    copy = tmp_path / "conversations.jsonl"
+    lines = data.read_text().splitlines(keepends=True)
+    copy.write_text("".join(lines))
+    settings = settings_of(copy, tmp_path / "run", steps=2, eval_every=1)
+    TrainingRun(settings, lambda line: None).run(stop_after=1)
+    copy.write_text("".join(reversed(lines)))
+    with pytest.raises(TrainingError, match="conversations changed"):
+        TrainingRun(settings, lambda line: None)
+    copy.write_text("".join(lines))
+    assert finished(settings).state.step == 2
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_checkpoint(
+    data: Path, tmp_path: Path
+) -> None:
+    changes = {"learning_rate": 1e30, "warmup": 0, "steps": 8, "checkpoint_every": 1}
+    settings = settings_of(data, tmp_path / "run", eval_every=8, **changes)
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf)"):
+        TrainingRun(settings, lambda line: None).run()
+    kept = load_checkpoint(settings.out)
+    assert kept is not None and len(kept.state.losses) == kept.state.step > 0
+    assert all(map(math.isfinite, kept.state.losses))
+
+
+def test_the_held_out_loss_does_not_depend_on_what_is_computed_together(
+    data: Path, tmp_path: Path
+) -> None:
+    one, many = (
+        finished(settings_of(data, tmp_path / str(size), steps=1, eval_batch=size))
+        for size in (1, 16)
+    )
+    assert one.best.loss == pytest.approx(many.best.loss, rel=1e-5)
+    assert one.best.exact == many.best.exact
 
 
 def broken_lines() -> dict[str, tuple[Any, str]]:
