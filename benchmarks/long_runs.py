@@ -221,4 +221,10 @@ def _engine(model: str, adapter: str, given: argparse.Namespace) -> Any:
     warnings.simplefilter("ignore", FutureWarning)
     from deltamem_vllm import MemoryLLM
 
-    return MemoryLLM(model, adapter=adapter, dtype=given.dtype, max_model_len=given.max_model_len)
+    return MemoryLLM(
+        model,
+        adapter=adapter,
+        dtype=given.dtype,
+        max_model_len=given.max_model_len,
+        enforce_eager=given.eager,
+    )

@@ -217,12 +217,12 @@ def test_the_default_dtype_and_device_of_torch_do_not_matter(default: torch.dtyp
     torch.set_default_device("meta")
     try:
         assert cpu._Scratch().at(1000) and bind_correction(delta, dtype) is not None
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
         scratch = cpu._Scratch()
         scratch.at(1000)
         assert scratch.words.numel() * scratch.words.element_size() >= 4000
     finally:
-        torch.set_default_device("cpu")
+        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     result, base = fused.run()
     assert torch.equal(result.reads, expected.reads) and torch.equal(base, expected_base)
