@@ -217,6 +217,24 @@ def test_a_prompt_may_be_no_more_than_its_prefix(llm: MemoryLLM, oracle: Oracle)
         check(llm, oracle, held, start, output)
 
 
+def test_shared_blocks_alone_leave_the_state_as_it_was(llm: MemoryLLM, oracle: Oracle) -> None:
+    """No page holds the state of such a turn: there is no token behind the shared blocks."""
+    prompt = SYSTEM[: 2 * BLOCK]
+    for seed, cached in ((32, 0), (33, 1)):  # the last token is always computed
+        held = Held(oracle, seed)
+        start = held.begin(2 * BLOCK)
+        (output,) = run(llm, [start], [prompt], tokens=1)
+        assert output.num_cached_tokens == cached * BLOCK
+        check(llm, oracle, held, start, output)
+    empty = begin("read_write", None, SHAPE, prefix=2 * BLOCK)
+    run(llm, [empty], [prompt], tokens=1)
+    llm.llm_engine.step()
+    ((answer),) = llm.collective_rpc("take_memory_states", args=([empty.ticket], []))
+    num_tokens, by_layer = answer[empty.ticket]
+    assert num_tokens == 2 * BLOCK
+    assert SHAPE.join(by_layer) == bytes(SHAPE.num_bytes)
+
+
 def kinds_of_requests(oracle: Oracle) -> dict[str, Start]:
     """Under each of these the blocks of one prompt hold other keys, values or states."""
     first, second = Held(oracle, 40), Held(oracle, 41)
