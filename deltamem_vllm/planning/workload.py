@@ -28,6 +28,9 @@ class Workload(BaseModel):
     standing: int = Field(default=0, ge=0)
     """System prompt and tools before every conversation, the same for all."""
 
+    share_prefix: bool = False
+    """Whether turns with memory ask for `share_prefix`: then they share these, too."""
+
     turns_per_hour: float = Field(default=4.0, gt=0)
     """Of one conversation."""
 
