@@ -28,7 +28,7 @@ class Workload(BaseModel):
     standing: int = Field(default=0, ge=0)
     """System prompt and tools before every conversation, the same for all."""
 
-    turns_per_hour: float = Field(default=4.0, gt=0)
+    turns_per_hour: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Of one conversation."""
 
     messages: int = Field(default=2, ge=0)
