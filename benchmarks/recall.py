@@ -28,7 +28,7 @@ if not __package__:  # started as a file, not with `python -m`
 
 from rich.table import Table
 
-from benchmarks.common import console, environment, parser, progress, write_json
+from benchmarks.common import console, environment, parser, positive, progress, write_json
 from benchmarks.conditions import (
     CONDITIONS,
     FROM_MEMORY,
@@ -155,12 +155,7 @@ def summary_of(
             estimate = found.get((owner, condition, group))
             if estimate is None or (place > 0 and owner == TEXT):
                 continue
-            label = name if place == 0 else f"{adapter}_{name}"
-            result |= {
-                label: round(estimate.mean, 4),
-                f"{label}_low": round(estimate.low, 4),
-                f"{label}_high": round(estimate.high, 4),
-            }
+            result |= estimate.figures(name if place == 0 else f"{adapter}_{name}")
     asked = [estimate.count for estimate in found.values()]
     return {**result, "questions_per_cell": min(asked, default=0)}
 
@@ -257,8 +252,8 @@ def main() -> None:
         default=",".join(group.name for group in (*MAIN, *FURTHER)),
         help="of facts, with commas (%(default)s)",
     )
-    options.add_argument("--questions", type=int, default=510, help="per cell (%(default)s)")
-    options.add_argument("--seeds", type=int, default=3, help="that share them (%(default)s)")
+    options.add_argument("--questions", type=positive, default=510, help="per cell (%(default)s)")
+    options.add_argument("--seeds", type=positive, default=3, help="that share them (%(default)s)")
     options.add_argument("--lines", type=Path, metavar="FILE", help="keep results, and go on")
     options.add_argument("--plot", type=Path, metavar="FILE", help="recall over facts told")
     given = options.parse_args()
