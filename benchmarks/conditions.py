@@ -109,15 +109,17 @@ def answers(
     from deltamem_vllm import Memory
     from deltamem_vllm.memory import OFF
 
-    window = {"messages": ways.window} if condition == "window+memory" else None
     prompts, memories, owners = [], [], []
     for number, case in enumerate(cases):
-        memory = OFF
-        if condition in FROM_MEMORY:
-            donor = (number + 1) % len(cases) if condition == "other" else number
-            memory = Memory(session=sessions[donor], mode="read_only", window=window)
+        donor = (number + 1) % len(cases) if condition == "other" else number
         for question in case.questions:
             prompts.append(_prompt(llm, condition, case, question, ways))
+            memory, window = OFF, None
+            if condition == "window+memory":
+                # The question is a message of it, too.
+                window = {"messages": len(_shown(llm, "window", case, question, ways)) + 1}
+            if condition in FROM_MEMORY:
+                memory = Memory(session=sessions[donor], mode="read_only", window=window)
             memories.append(memory)
             owners.append(number)
     params = SamplingParams(temperature=0, max_tokens=ways.max_tokens)
@@ -155,20 +157,39 @@ def retrieved(history: Sequence[Message], question: str, count: int) -> list[Mes
 def _prompt(
     llm: Any, condition: Condition, case: Case, question: str, ways: Ways
 ) -> list[dict[str, str]]:
-    history = {
-        "full": case.history,
-        "window": _newest(case, ways),
-        "retrieval": ()
-        if condition != "retrieval"
-        else retrieved(case.history, question, ways.retrieved),
-        "window+memory": case.history,
-    }.get(condition, ())
-    standing = [] if case.system is None else [{"role": "system", "content": case.system}]
+    """What the client sends: where folding takes the window, all of the history."""
+    if condition == "window+memory":
+        history = [dict(message) for message in case.history]
+    else:
+        history = _shown(llm, condition, case, question, ways)
+    return [*_standing(case), *history, {"role": "user", "content": question}]
+
+
+def _standing(case: Case) -> list[dict[str, str]]:
+    return [] if case.system is None else [{"role": "system", "content": case.system}]
+
+
+def _shown(
+    llm: Any, condition: Condition, case: Case, question: str, ways: Ways
+) -> list[dict[str, str]]:
+    """The messages of the history that the model is shown as text, as many as fit."""
+    match condition:
+        case "full":
+            history = case.history
+        case "window":
+            history = _newest(case, ways)
+        case "retrieval":
+            history = retrieved(case.history, question, ways.retrieved)
+        case _:
+            history = ()
     asked = {"role": "user", "content": question}
     kept = [dict(message) for message in history]
-    if condition != "window+memory":
-        kept = _fitting(llm, standing, kept, asked, ways.max_prompt)
-    return [*standing, *kept, asked]
+    kept = _fitting(llm, _standing(case), kept, asked, ways.max_prompt)
+    if condition == "window":
+        # Folding would show the user's message before a reply, which did not fit.
+        while kept and kept[0]["role"] != "user":
+            del kept[0]
+    return kept
 
 
 def _fitting(
@@ -189,8 +210,9 @@ def _fitting(
         )
         return len(rendered)
 
-    # Characters bound tokens from above where each is at most one; then no template need run.
-    if sum(len(each["content"]) + 64 for each in (*standing, *history, asked)) <= max_prompt:
+    # Bytes bound tokens from above, with room for the template's own; then none need be counted.
+    sizes = [len(each["content"].encode()) + 64 for each in (*standing, *history, asked)]
+    if sum(sizes) <= max_prompt:
         return history
     low, high = 0, len(history)
     while low < high:
