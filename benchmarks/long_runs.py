@@ -156,6 +156,7 @@ def _ask(
                         "label": one.labels[place],
                         "reply": reply.text,
                         "prompt_tokens": reply.prompt_tokens,
+                        "left_out": reply.left_out,
                         "scores": one.grade(place, reply.text),
                     }
                     for place, (key, reply) in enumerate(zip(one.keys, some, strict=True))
@@ -202,6 +203,14 @@ def _report(
                     row.append(str(estimate))
         table.add_row(label, *row)
     console.print(table)
+    for condition in conditions:
+        cut = [record["left_out"] for record in found if record["condition"] == condition]
+        if any(cut):
+            console.print(
+                f"{condition}: {sum(cut) / len(cut):,.1f} messages of the history did not fit into "
+                "a prompt, on average: a larger --max-model-len shows more"
+            )
+        summary[f"{condition}_left_out"] = sum(cut) / max(len(cut), 1)
     if given.json:
         write_json(given.json, where, found, summary)
 

@@ -219,10 +219,18 @@ def folder_of(adapter: str) -> Path:
 
 
 def fingerprints(adapters: Sequence[str]) -> dict[str, str]:
-    """Adapter -> of its weights, so that results of others are not gone on with."""
-    from deltamem_vllm.adapter import load_adapter
+    """Adapter -> of its weights, so that results of others are not gone on with.
 
-    return {adapter: load_adapter(folder_of(adapter)).fingerprint for adapter in adapters}
+    Raises:
+        SystemExit: one cannot be read.
+    """
+    from deltamem_vllm.adapter import load_adapter
+    from deltamem_vllm.errors import DeltaMemError
+
+    try:
+        return {adapter: load_adapter(folder_of(adapter)).fingerprint for adapter in adapters}
+    except DeltaMemError as error:
+        raise SystemExit(f"--adapters: {error}") from None
 
 
 def engine(adapter: str) -> Any:
@@ -249,8 +257,8 @@ def main() -> None:
     )
     options.add_argument(
         "--groups",
-        default=",".join(group.name for group in (*MAIN, *FURTHER)),
-        help="of facts, with commas (%(default)s)",
+        help="of facts, with commas (default: all, with --quick the first four of "
+        f"{', '.join(group.name for group in (*MAIN, *FURTHER))})",
     )
     options.add_argument("--questions", type=positive, default=510, help="per cell (%(default)s)")
     options.add_argument("--seeds", type=positive, default=3, help="that share them (%(default)s)")
@@ -258,11 +266,13 @@ def main() -> None:
     options.add_argument("--plot", type=Path, metavar="FILE", help="recall over facts told")
     given = options.parse_args()
     check_plot(given.plot)
-    adapters = given.adapters.split(",")
+    adapters = [name.strip() for name in given.adapters.split(",") if name.strip()]
     seeds, count = given.seeds, -(-given.questions // given.seeds)
-    groups = groups_of(given.groups)
+    groups = MAIN if given.quick else (*MAIN, *FURTHER)
+    if given.groups is not None:
+        groups = groups_of(given.groups)
     if given.quick:
-        seeds, count, groups = 1, 20, MAIN
+        seeds, count = 1, 20
     # Read by vLLM when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -147,6 +147,7 @@ def test_locomo_runs_under_all_conditions_and_goes_on(
     summary = json.loads(result.read_text())["summary"]
     assert summary["memory_all_f1_questions"] == 8  # category 5 is not asked
     assert len(written.splitlines()) == 1 + 7 * 8
+    assert summary["full_left_out"] == summary["window+memory_left_out"] == 0
     tokens = {
         condition: sum(
             record["prompt_tokens"]
@@ -192,7 +193,7 @@ def test_an_argument_that_cannot_be_is_refused_by_name(
 
 
 def test_a_window_that_does_not_fit_is_cut_with_a_memory_as_without(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = {"speaker": "Ann", "dia_id": "D1:1", "text": "I moved to Bern. " * 60}
     told = {**SAMPLE["conversation"], "session_1": [long], "session_2": [long]}
@@ -201,6 +202,7 @@ def test_a_window_that_does_not_fit_is_cut_with_a_memory_as_without(
     arguments = ("--data", data, "--lines", lines, "--eager", "--questions", 2)
     arguments += ("--max-model-len", 512, "--conditions", "full,window,window+memory")
     run_main(locomo, monkeypatch, *arguments)
+    assert "full: 2.0 messages of the history did not fit" in capsys.readouterr().out
     tokens: dict[str, list[int]] = {}
     for record in map(json.loads, lines.read_text().splitlines()[1:]):
         tokens.setdefault(record["condition"], []).append(record["prompt_tokens"])

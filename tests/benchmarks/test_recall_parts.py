@@ -53,6 +53,11 @@ def test_results_of_an_adapter_are_not_taken_for_those_of_another_in_its_place(
         Records(lines, settings)
 
 
+def test_an_adapter_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--adapters: .*missing"):
+        fingerprints([str(tmp_path / "missing")])
+
+
 def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:
     path = tmp_path / "some" / "lines.jsonl"
     first = Records(path, {"questions": 5})
