@@ -43,6 +43,9 @@ def plan(
     standing: Annotated[
         int, typer.Option(min=0, help="Tokens of a system prompt and tools, the same for all.")
     ] = 0,
+    share_prefix: Annotated[
+        bool, typer.Option("--share-prefix", help="Turns with memory share it: `share_prefix`.")
+    ] = False,
     turns_per_hour: Annotated[float, typer.Option(help="Of one conversation.")] = 4.0,
     versions_kept: Annotated[int, typer.Option(min=1, help="Of a session.")] = 4,
     gpu: Annotated[
@@ -138,6 +141,7 @@ def plan(
             question=question,
             reply=reply,
             standing=standing,
+            share_prefix=share_prefix,
             turns_per_hour=turns_per_hour,
             versions_kept=versions_kept,
         )

@@ -161,13 +161,13 @@ class _Planner:
             "full_cold": 0,
             "full_warm": self._whole(work.standing + work.history),
             "window": self._whole(work.standing),
-            # Its salt is its session's.
-            "memory": 0,
+            # Its salt is its session's, unless the standing part is kept out of the memory.
+            "memory": self._whole(work.standing) if work.share_prefix else 0,
         }[name]
         computed = prompt - cached
         blocks = self._blocks(with_memory)
         # Turns hold one copy of what they find in the prefix cache.
-        is_shared = name in ("full_warm", "window")
+        is_shared = name in ("full_warm", "window") or (with_memory and work.share_prefix)
         shared = self._whole(work.standing) // self.block_size if is_shared else 0
         total = math.ceil((prompt + work.reply) / self.block_size)
         at_once = max(blocks - shared, 0) // max(total - shared, 1)

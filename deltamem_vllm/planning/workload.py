@@ -28,6 +28,9 @@ class Workload(BaseModel):
     standing: int = Field(default=0, ge=0)
     """System prompt and tools before every conversation, the same for all."""
 
+    share_prefix: bool = False
+    """Turns with memory say `share_prefix`, and so have the standing part from the prefix cache."""
+
     turns_per_hour: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Of one conversation."""
 

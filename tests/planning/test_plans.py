@@ -62,6 +62,16 @@ def test_a_shared_prefix_is_held_once_without_memory_and_by_each_with_it() -> No
     assert shared.way("memory").turns_at_once < alone.way("memory").turns_at_once / 4
 
 
+def test_share_prefix_lets_turns_with_memory_share_what_a_window_shares() -> None:
+    written, shared = (
+        planned(machine(), standing=1600, share_prefix=share) for share in (False, True)
+    )
+    assert written.way("memory").computed_tokens == 1600 + 256 + 32
+    assert shared.way("memory").computed_tokens == shared.way("window").computed_tokens == 256 + 32
+    assert shared.way("memory").turns_at_once > 4 * written.way("memory").turns_at_once
+    assert shared.way("window") == written.way("window")
+
+
 def test_turns_share_no_blocks_of_a_prefix_that_each_computes() -> None:
     cold, warm = (
         planned(machine(), standing=1600).way(name) for name in ("full_cold", "full_warm")
