@@ -1,7 +1,7 @@
 """How much of LoCoMo's long conversations does a memory answer, beside the text itself?
 
     python -m benchmarks.locomo --data locomo10.json --model Qwen/Qwen3-4B-Instruct-2507 \\
-        --adapter ADAPTER --lines locomo.jsonl --json locomo.json
+        --adapter ADAPTER --max-model-len 32768 --lines locomo.jsonl --json locomo.json
 
 The data file is LoCoMo's own (snap-research/locomo, CC BY-NC 4.0): ten conversations of about 600
 turns, questions in five categories. Each conversation is written into a memory, a message per

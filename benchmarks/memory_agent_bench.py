@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_agent_bench --data Accurate_Retrieval.parquet \\
         --source eventqa_65536 --model Qwen/Qwen3-4B-Instruct-2507 --adapter ADAPTER \\
-        --lines mab.jsonl --json mab.json
+        --max-model-len 131072 --lines mab.jsonl --json mab.json
 
 The data files are the benchmark's own (Hu et al., arXiv 2507.05257): Parquet or JSONL rows with
 `context`, `questions`, `answers` (a list of accepted answers each) and `metadata.source`. A context

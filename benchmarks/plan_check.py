@@ -1,6 +1,6 @@
 """How far off is `deltamem plan` from what `benchmarks.serving_cost` measured?
 
-    python -m benchmarks.plan_check results/serving_cost.json
+    python -m benchmarks.plan_check benchmarks/results/serving_cost.json
 
 Reads a result, plans the same conversations, and prints plan, measurement and error side by side.
 Blocks, tokens, bytes and numbers of conversations are compared as they are planned. Times need the

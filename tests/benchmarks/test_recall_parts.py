@@ -96,7 +96,7 @@ def test_a_first_line_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
 
 def test_one_conversation_has_no_interval() -> None:
     estimate = bootstrap([0.0, 1.0, 1.0, 0.0], ["one"] * 4)
-    assert str(estimate) == "0.500 [no interval]"
+    assert str(estimate) == "0.500 (no interval)"
     assert estimate.figures("f1") == {"f1": 0.5}
     assert set(bootstrap([0.0, 1.0], ["one", "two"]).figures("f1")) == {"f1", "f1_low", "f1_high"}
 
