@@ -119,17 +119,6 @@ def int_list(text: str) -> tuple[int, ...]:
     return values
 
 
-def positive(text: str) -> int:
-    """An argparse type: a number from 1 on.
-
-    Raises:
-        argparse.ArgumentTypeError: it is none.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
-    return int(text)
-
-
 def parser(docstring: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
     """A parser with the arguments every benchmark takes; its help text is the module's.
 
@@ -141,8 +130,37 @@ def parser(docstring: str | None, *, quick: bool = True) -> argparse.ArgumentPar
     )
     if quick:
         result.add_argument("--quick", action="store_true", help="fewer and smaller measurements")
-        result.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE")
+        result.add_argument(
+            "--json", type=output_file, metavar="FILE", help="write the result to FILE"
+        )
     return result
+
+
+def output_file(text: str) -> Path:
+    """An argparse type: a file that can be written in the end, looked at before hours are spent.
+
+    Raises:
+        argparse.ArgumentTypeError: it is a folder, or its folder cannot be made or written.
+    """
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: {error}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written")
+    return path
+
+
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return int(text)
 
 
 def _version(distribution: str) -> str | None:

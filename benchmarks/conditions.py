@@ -48,6 +48,8 @@ class Reply(NamedTuple):
 
     text: str
     prompt_tokens: int
+    left_out: int
+    """Messages that the condition would show, and that did not fit into the prompt."""
 
 
 @dataclass(frozen=True)
@@ -109,22 +111,29 @@ def answers(
     from deltamem_vllm import Memory
     from deltamem_vllm.memory import OFF
 
-    window = {"messages": ways.window} if condition == "window+memory" else None
-    prompts, memories, owners = [], [], []
+    prompts, memories, owners, cuts = [], [], [], []
     for number, case in enumerate(cases):
-        memory = OFF
-        if condition in FROM_MEMORY:
-            donor = (number + 1) % len(cases) if condition == "other" else number
-            memory = Memory(session=sessions[donor], mode="read_only", window=window)
+        donor = (number + 1) % len(cases) if condition == "other" else number
         for question in case.questions:
-            prompts.append(_prompt(llm, condition, case, question, ways))
+            wanted = _wanted(condition, case, question, ways)
+            shown = _fitting(llm, case, wanted, question, ways.max_prompt)
+            cuts.append(len(wanted) - len(shown))
+            memory, window = OFF, None
+            if condition == "window+memory":
+                # The client sends everything; the question is a message of the window, too.
+                window = {"messages": len(shown) + 1}
+                shown = [dict(message) for message in case.history]
+            prompts.append([*_standing(case), *shown, {"role": "user", "content": question}])
+            if condition in FROM_MEMORY:
+                memory = Memory(session=sessions[donor], mode="read_only", window=window)
             memories.append(memory)
             owners.append(number)
     params = SamplingParams(temperature=0, max_tokens=ways.max_tokens)
     outputs = llm.chat(prompts, params, memory=memories, use_tqdm=False)
     found: list[list[Reply]] = [[] for _ in cases]
-    for owner, output in zip(owners, outputs, strict=True):
-        found[owner].append(Reply(output.outputs[0].text.strip(), len(output.prompt_token_ids)))
+    for owner, output, cut in zip(owners, outputs, cuts, strict=True):
+        text = output.outputs[0].text.strip()
+        found[owner].append(Reply(text, len(output.prompt_token_ids), cut))
     return found
 
 
@@ -152,35 +161,32 @@ def retrieved(history: Sequence[Message], question: str, count: int) -> list[Mes
     return [message for turn in turns for message in turn]
 
 
-def _prompt(
-    llm: Any, condition: Condition, case: Case, question: str, ways: Ways
-) -> list[dict[str, str]]:
-    history = {
-        "full": case.history,
-        "window": _newest(case, ways),
-        "retrieval": ()
-        if condition != "retrieval"
-        else retrieved(case.history, question, ways.retrieved),
-        "window+memory": case.history,
-    }.get(condition, ())
-    standing = [] if case.system is None else [{"role": "system", "content": case.system}]
-    asked = {"role": "user", "content": question}
-    kept = [dict(message) for message in history]
-    if condition != "window+memory":
-        kept = _fitting(llm, standing, kept, asked, ways.max_prompt)
-    return [*standing, *kept, asked]
+def _standing(case: Case) -> list[dict[str, str]]:
+    return [] if case.system is None else [{"role": "system", "content": case.system}]
+
+
+def _wanted(condition: Condition, case: Case, question: str, ways: Ways) -> list[dict[str, str]]:
+    """The messages of the history that the model is to be shown as text."""
+    history: Sequence[Message]
+    match condition:
+        case "full":
+            history = case.history
+        case "window" | "window+memory":
+            history = _newest(case, ways)
+        case "retrieval":
+            history = retrieved(case.history, question, ways.retrieved)
+        case _:
+            history = ()
+    return [dict(message) for message in history]
 
 
 def _fitting(
-    llm: Any,
-    standing: list[dict[str, str]],
-    history: list[dict[str, str]],
-    asked: dict[str, str],
-    max_prompt: int,
+    llm: Any, case: Case, history: list[dict[str, str]], question: str, max_prompt: int
 ) -> list[dict[str, str]]:
-    """The newest messages of a history that fit into a prompt."""
+    """The newest messages of a history that fit into a prompt, from a user's on if not all do."""
     if not history:
         return history
+    standing, asked = _standing(case), {"role": "user", "content": question}
     tokenizer = llm.get_tokenizer()
 
     def length(kept: list[dict[str, str]]) -> int:
@@ -189,8 +195,9 @@ def _fitting(
         )
         return len(rendered)
 
-    # Characters bound tokens from above where each is at most one; then no template need run.
-    if sum(len(each["content"]) + 64 for each in (*standing, *history, asked)) <= max_prompt:
+    # Bytes bound tokens from above, with room for the template's own; then none need be counted.
+    sizes = [len(each["content"].encode()) + 64 for each in (*standing, *history, asked)]
+    if sum(sizes) <= max_prompt:
         return history
     low, high = 0, len(history)
     while low < high:
@@ -199,6 +206,9 @@ def _fitting(
             high = middle
         else:
             low = middle + 1
+    # Folding would show a reply's user message, too, which did not fit.
+    while 0 < low < len(history) and history[low]["role"] != "user":
+        low += 1
     return history[low:]
 
 

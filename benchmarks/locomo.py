@@ -1,7 +1,7 @@
 """How much of LoCoMo's long conversations does a memory answer, beside the text itself?
 
     python -m benchmarks.locomo --data locomo10.json --model Qwen/Qwen3-4B-Instruct-2507 \\
-        --adapter ADAPTER --lines locomo.jsonl --json locomo.json
+        --adapter ADAPTER --max-model-len 32768 --lines locomo.jsonl --json locomo.json
 
 The data file is LoCoMo's own (snap-research/locomo, CC BY-NC 4.0): ten conversations of about 600
 turns, questions in five categories. Each conversation is written into a memory, a message per
@@ -9,7 +9,8 @@ session with its date, and its text and KV cache are dropped; then every questio
 memory, read_only. The same questions are asked with the full history in the prompt (what does not
 fit into the model's context is left out, oldest first), with nothing, with a window and with
 retrieved sessions. Scores are LoCoMo's (`benchmarks/locomo_protocol.py`), categories 1 to 4 unless
-said; intervals come from resampling whole conversations. The same command goes on where it stopped.
+said; intervals come from resampling whole conversations, of which there are only ten. With
+`--lines` the same command goes on with the conditions that are not done.
 """
 
 import json
@@ -23,9 +24,9 @@ if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import locomo_protocol as protocol
-from benchmarks.common import parser
+from benchmarks.common import int_list, parser, positive
 from benchmarks.conditions import Case
-from benchmarks.long_runs import Scored, add_arguments, run_benchmark
+from benchmarks.long_runs import Scored, add_arguments, question_template, run_benchmark
 
 ANSWER_TOKENS = 50
 
@@ -116,16 +117,21 @@ def load(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="locomo10.json")
-    options.add_argument("--categories", default="1,2,3,4", help="(%(default)s)")
-    options.add_argument("--questions", type=int, help="per conversation, at most")
-    options.add_argument("--conversations", type=int, help="at most")
+    options.add_argument(
+        "--categories", type=int_list, default=(1, 2, 3, 4), help="of 1 to 5 (1,2,3,4)"
+    )
+    options.add_argument("--questions", type=positive, help="per conversation, at most")
+    options.add_argument("--conversations", type=positive, help="at most")
     options.add_argument("--by-turn", action="store_true", help="a message per turn, not session")
     options.add_argument(
-        "--question-template", default=protocol.QUESTION, help="with a place for {question}"
-    )
+        "--question-template", type=question_template, default=protocol.QUESTION,
+        help="with a place for {question}",
+    )  # fmt: skip
     add_arguments(options)
     given = options.parse_args()
-    categories = [int(each) for each in given.categories.split(",")]
+    categories = list(given.categories)
+    if unknown := [each for each in categories if each not in protocol.CATEGORIES]:
+        options.error(f"--categories: no {', '.join(map(str, unknown))}; LoCoMo has 1 to 5")
     most, conversations = given.questions, given.conversations
     if given.quick:
         most, conversations = most or 4, conversations or 2

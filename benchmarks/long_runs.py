@@ -1,6 +1,7 @@
 """Question sets over long histories: asked under conditions, scored, kept, and summed up."""
 
 import argparse
+import hashlib
 import os
 import time
 import warnings
@@ -11,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.common import console, environment, progress, write_json
+from benchmarks.common import console, environment, positive, progress, write_json
 from benchmarks.conditions import CONDITIONS, FROM_MEMORY, Case, Condition, Ways, answers, write
 from benchmarks.records import Records, bootstrap
 
@@ -42,13 +43,28 @@ def add_arguments(options: argparse.ArgumentParser) -> None:
     options.add_argument("--model", help="folder or Hub id; default: the demo model, for a try")
     options.add_argument("--adapter", help="folder or Hub id of its adapter")
     options.add_argument("--conditions", default="full,nothing,memory", help="(%(default)s)")
-    options.add_argument("--max-model-len", type=int, default=2048, help="(%(default)s)")
+    options.add_argument("--max-model-len", type=positive, default=2048, help="(%(default)s)")
     options.add_argument("--dtype", default="auto", help="as of vllm serve (%(default)s)")
     options.add_argument("--eager", action="store_true", help="compile nothing: starts sooner")
-    options.add_argument("--segment-tokens", type=int, help="written at once, as of an ingest")
-    options.add_argument("--window", type=int, default=4, help="messages (%(default)s)")
-    options.add_argument("--retrieved", type=int, default=2, help="turns (%(default)s)")
+    options.add_argument("--segment-tokens", type=positive, help="written at once, as of an ingest")
+    options.add_argument("--window", type=positive, default=4, help="messages (%(default)s)")
+    options.add_argument("--retrieved", type=positive, default=2, help="turns (%(default)s)")
     options.add_argument("--lines", type=Path, metavar="FILE", help="keep results, and go on")
+
+
+def question_template(text: str) -> str:
+    """An argparse type: a text with a place for `{question}` and no other.
+
+    Raises:
+        argparse.ArgumentTypeError: it has none, or others.
+    """
+    try:
+        asked = [text.format(question=question) for question in ("one", "another")]
+    except (KeyError, IndexError, ValueError):
+        asked = []
+    if len(set(asked)) < 2:
+        raise argparse.ArgumentTypeError("expected a text with {question} and no other braces")
+    return text
 
 
 def run_benchmark(
@@ -62,7 +78,8 @@ def run_benchmark(
     """Ask everything that has no result yet, print the table, and write the JSON.
 
     Args:
-        given: parsed `add_arguments`, with `json` of `benchmarks.common.parser`.
+        given: parsed `add_arguments` and `data`, the file of the cases, with `json` of
+            `benchmarks.common.parser`.
         scored: the cases.
         settings: of the benchmark, which decide its results.
         answer_tokens: the most tokens of an answer.
@@ -86,6 +103,8 @@ def run_benchmark(
         "retrieved": given.retrieved,
         "segment_tokens": given.segment_tokens,
         "answer_tokens": answer_tokens,
+        "dtype": given.dtype,
+        **_fingerprints(given.data, adapter),
     }
     where = environment(**settings)
     records = Records(given.lines or Path(os.devnull), settings)
@@ -137,6 +156,7 @@ def _ask(
                         "label": one.labels[place],
                         "reply": reply.text,
                         "prompt_tokens": reply.prompt_tokens,
+                        "left_out": reply.left_out,
                         "scores": one.grade(place, reply.text),
                     }
                     for place, (key, reply) in enumerate(zip(one.keys, some, strict=True))
@@ -178,18 +198,36 @@ def _report(
                     [record["case"] for record in some],
                 )
                 key = f"{condition}_{label}_{name}".replace(" ", "_")
-                summary |= {
-                    key: round(estimate.mean, 4),
-                    f"{key}_low": round(estimate.low, 4),
-                    f"{key}_high": round(estimate.high, 4),
-                    f"{key}_questions": estimate.count,
-                }
+                summary |= {**estimate.figures(key), f"{key}_questions": estimate.count}
                 if name == metric:
                     row.append(str(estimate))
         table.add_row(label, *row)
     console.print(table)
+    for condition in conditions:
+        cut = [record["left_out"] for record in found if record["condition"] == condition]
+        if any(cut):
+            console.print(
+                f"{condition}: {sum(cut) / len(cut):,.1f} messages of the history did not fit into "
+                "a prompt, on average: a larger --max-model-len shows more"
+            )
+        summary[f"{condition}_left_out"] = sum(cut) / max(len(cut), 1)
     if given.json:
         write_json(given.json, where, found, summary)
+
+
+def _fingerprints(data: Path, adapter: str) -> dict[str, str]:
+    """Of the data and of the adapter's weights, so that results of others are not gone on with."""
+    from deltamem_vllm.adapter import load_adapter, resolve_adapter_dir
+    from deltamem_vllm.errors import DeltaMemError
+
+    try:
+        weights = load_adapter(resolve_adapter_dir(adapter)).fingerprint
+    except DeltaMemError as error:
+        raise SystemExit(f"--adapter {adapter}: {error}") from None
+    return {
+        "data_digest": hashlib.sha256(data.read_bytes()).hexdigest(),
+        "adapter_fingerprint": weights,
+    }
 
 
 def _conditions(text: str) -> list[Condition]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.memory_agent_bench --data Accurate_Retrieval.parquet \\
         --source eventqa_65536 --model Qwen/Qwen3-4B-Instruct-2507 --adapter ADAPTER \\
-        --lines mab.jsonl --json mab.json
+        --max-model-len 131072 --lines mab.jsonl --json mab.json
 
 The data files are the benchmark's own (Hu et al., arXiv 2507.05257): Parquet or JSONL rows with
 `context`, `questions`, `answers` (a list of accepted answers each) and `metadata.source`. A context
@@ -12,7 +12,7 @@ questions are asked with the full context in the prompt (what does not fit is le
 first) and with nothing. Scores are exact match, match of an accepted answer within the reply, and
 F1, after lower case and without punctuation and articles; the recall of EventQA (whether every
 accepted answer is in the reply) is `recall`. Summaries are not scored here: their published judge
-is a model. The same command goes on where it stopped.
+is a model. With `--lines` the same command goes on with the conditions that are not done.
 """
 
 import json
@@ -28,9 +28,9 @@ from typing import Any
 if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import parser
+from benchmarks.common import parser, positive
 from benchmarks.conditions import Case
-from benchmarks.long_runs import Scored, add_arguments, run_benchmark
+from benchmarks.long_runs import Scored, add_arguments, question_template, run_benchmark
 
 SYSTEM = "You remember what you are given, and answer questions about it."
 REMEMBER = "Remember this:\n{chunk}"
@@ -121,7 +121,7 @@ def load(path: Path, source: str | None) -> list[dict[str, Any]]:
     """The rows of a data file, or those of one of its sources.
 
     Raises:
-        SystemExit: the file cannot be read, or has no such rows.
+        SystemExit: the file cannot be read, or has no such rows, or a row that is not one.
     """
     try:
         if path.suffix == ".parquet":
@@ -135,8 +135,21 @@ def load(path: Path, source: str | None) -> list[dict[str, Any]]:
         raise SystemExit(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path}: cannot be read: {error}") from None
-    if not all({"context", "questions", "answers"} <= set(row) for row in rows):
-        raise SystemExit(f"{path}: rows of MemoryAgentBench have context, questions and answers")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not {"context", "questions", "answers"} <= set(row):
+            raise SystemExit(
+                f"{path}: rows of MemoryAgentBench have context, questions and answers; row "
+                f"{number} has not"
+            )
+        questions, answers = row["questions"], row["answers"]
+        if not (isinstance(questions, list) and isinstance(answers, list)) or (
+            len(questions) != len(answers)
+        ):
+            raise SystemExit(f"{path}: row {number} needs as many answers as questions")
+        if not isinstance(row.get("metadata") or {}, dict):
+            raise SystemExit(f"{path}: row {number}: metadata is no object")
+    if not rows:
+        raise SystemExit(f"{path}: has no rows")
     sources = sorted({str((row.get("metadata") or {}).get("source")) for row in rows})
     chosen = [
         row for row in rows if source is None or (row.get("metadata") or {}).get("source") == source
@@ -162,11 +175,15 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, required=True, help="a Parquet or JSONL file")
     options.add_argument("--source", help="the rows of one source; default: all")
-    options.add_argument("--questions", type=int, help="per context, at most")
-    options.add_argument("--contexts", type=int, help="at most")
-    options.add_argument("--chunk-words", type=int, default=CHUNK_WORDS, help="(%(default)s)")
-    options.add_argument("--answer-tokens", type=int, default=ANSWER_TOKENS, help="(%(default)s)")
-    options.add_argument("--question-template", default=QUESTION, help="with {question}")
+    options.add_argument("--questions", type=positive, help="per context, at most")
+    options.add_argument("--contexts", type=positive, help="at most")
+    options.add_argument("--chunk-words", type=positive, default=CHUNK_WORDS, help="(%(default)s)")
+    options.add_argument(
+        "--answer-tokens", type=positive, default=ANSWER_TOKENS, help="(%(default)s)"
+    )
+    options.add_argument(
+        "--question-template", type=question_template, default=QUESTION, help="with {question}"
+    )
     add_arguments(options)
     given = options.parse_args()
     most, contexts = given.questions, given.contexts

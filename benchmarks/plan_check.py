@@ -1,6 +1,6 @@
 """How far off is `deltamem plan` from what `benchmarks.serving_cost` measured?
 
-    python -m benchmarks.plan_check results/serving_cost.json
+    python -m benchmarks.plan_check benchmarks/results/serving_cost.json
 
 Reads a result, plans the same conversations, and prints plan, measurement and error side by side.
 Blocks, tokens, bytes and numbers of conversations are compared as they are planned. Times need the
@@ -44,9 +44,6 @@ from deltamem_vllm.planning import (
 
 WAYS: tuple[WayName, ...] = ("full_cold", "full_warm", "window", "memory")
 
-VERSIONS_KEPT = Workload().versions_kept
-"""Of each session; the server's default too, and each conversation has at least as many turns."""
-
 
 class Line(NamedTuple):
     """One figure, planned and measured."""
@@ -79,11 +76,21 @@ class Measured(NamedTuple):
 
 
 def read(file: Path) -> Measured:
-    """Read a result."""
+    """Read a result.
+
+    Raises:
+        SystemExit: it is of another benchmark, or has no turns of one conversation at a time.
+    """
     settings, samples, capacities = read_result(file)
     found = figures(samples)
-    alone = min(key[2] for key in found)
-    chosen = {key[:2]: one for key, one in found.items() if key[2:] == (alone, 0)}
+    chosen = {key[:2]: one for key, one in found.items() if key[2:] == (1, 0)}
+    histories = {history for _, history in chosen}
+    missing = [f"{way}, {each}" for way in WAYS for each in histories if (way, each) not in chosen]
+    if missing or not histories:
+        raise SystemExit(
+            f"{file}: has not all turns of one conversation at a time, without a --prefix "
+            f"({'; '.join(missing) or 'none'})"
+        )
     return Measured(settings, chosen, capacities)
 
 
@@ -116,7 +123,7 @@ def machine_of(measured: Measured, backbone: Backbone, memory: MemoryShape) -> M
         overhead_bytes=0,
         max_requests=1,
         tflops=1,
-        gb_per_s=1,
+        gb_per_s=1e9,  # so that operations decide
     )
     shortest = measured.histories[0]
     first = planned(measured, backbone, memory, shortest, assumed).way("full_cold").first_token_s
@@ -139,11 +146,12 @@ def lines(
             yield Line("blocks of a turn", name, history, way.blocks_per_turn, one.blocks)
             yield Line("tokens computed", name, history, way.computed_tokens, one.computed)
             yield Line("first token, ms", name, history, 1e3 * way.first_token_s, one.ttft_ms)
-            seconds = 1e3 * (one.ttft_ms / 1e3) + one.tpot_ms * measured.settings["output_tokens"]
-            yield Line("turn, ms", name, history, 1e3 * way.replica_s, seconds)
+            yield Line("turn, ms", name, history, 1e3 * way.replica_s, one.total_ms)
         kept = measured.found["memory", history].rest_bytes
         if kept:
-            states = VERSIONS_KEPT * memory.state_bytes
+            # A version a turn; the first one, which brings the history in, is not counted.
+            turns = int(measured.settings["rounds"]) + 1
+            states = min(Workload().versions_kept, turns) * memory.state_bytes
             yield Line("states kept, bytes", "memory", history, states, kept)
     for capacity in measured.capacities:
         tokens = capacity.prompt_tokens + PROBE_OUTPUT

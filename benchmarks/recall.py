@@ -28,7 +28,7 @@ if not __package__:  # started as a file, not with `python -m`
 
 from rich.table import Table
 
-from benchmarks.common import console, environment, parser, progress, write_json
+from benchmarks.common import console, environment, parser, positive, progress, write_json
 from benchmarks.conditions import (
     CONDITIONS,
     FROM_MEMORY,
@@ -155,12 +155,7 @@ def summary_of(
             estimate = found.get((owner, condition, group))
             if estimate is None or (place > 0 and owner == TEXT):
                 continue
-            label = name if place == 0 else f"{adapter}_{name}"
-            result |= {
-                label: round(estimate.mean, 4),
-                f"{label}_low": round(estimate.low, 4),
-                f"{label}_high": round(estimate.high, 4),
-            }
+            result |= estimate.figures(name if place == 0 else f"{adapter}_{name}")
     asked = [estimate.count for estimate in found.values()]
     return {**result, "questions_per_cell": min(asked, default=0)}
 
@@ -224,10 +219,18 @@ def folder_of(adapter: str) -> Path:
 
 
 def fingerprints(adapters: Sequence[str]) -> dict[str, str]:
-    """Adapter -> of its weights, so that results of others are not gone on with."""
-    from deltamem_vllm.adapter import load_adapter
+    """Adapter -> of its weights, so that results of others are not gone on with.
 
-    return {adapter: load_adapter(folder_of(adapter)).fingerprint for adapter in adapters}
+    Raises:
+        SystemExit: one cannot be read.
+    """
+    from deltamem_vllm.adapter import load_adapter
+    from deltamem_vllm.errors import DeltaMemError
+
+    try:
+        return {adapter: load_adapter(folder_of(adapter)).fingerprint for adapter in adapters}
+    except DeltaMemError as error:
+        raise SystemExit(f"--adapters: {error}") from None
 
 
 def engine(adapter: str) -> Any:
@@ -254,20 +257,22 @@ def main() -> None:
     )
     options.add_argument(
         "--groups",
-        default=",".join(group.name for group in (*MAIN, *FURTHER)),
-        help="of facts, with commas (%(default)s)",
+        help="of facts, with commas (default: all, with --quick the first four of "
+        f"{', '.join(group.name for group in (*MAIN, *FURTHER))})",
     )
-    options.add_argument("--questions", type=int, default=510, help="per cell (%(default)s)")
-    options.add_argument("--seeds", type=int, default=3, help="that share them (%(default)s)")
+    options.add_argument("--questions", type=positive, default=510, help="per cell (%(default)s)")
+    options.add_argument("--seeds", type=positive, default=3, help="that share them (%(default)s)")
     options.add_argument("--lines", type=Path, metavar="FILE", help="keep results, and go on")
     options.add_argument("--plot", type=Path, metavar="FILE", help="recall over facts told")
     given = options.parse_args()
     check_plot(given.plot)
-    adapters = given.adapters.split(",")
+    adapters = [name.strip() for name in given.adapters.split(",") if name.strip()]
     seeds, count = given.seeds, -(-given.questions // given.seeds)
-    groups = groups_of(given.groups)
+    groups = MAIN if given.quick else (*MAIN, *FURTHER)
+    if given.groups is not None:
+        groups = groups_of(given.groups)
     if given.quick:
-        seeds, count, groups = 1, 20, MAIN
+        seeds, count = 1, 20
     # Read by vLLM when it is imported.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

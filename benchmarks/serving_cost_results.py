@@ -47,6 +47,9 @@ class Figures(NamedTuple):
 
     ttft_ms: float
     tpot_ms: float
+    total_ms: float
+    """Of a turn, until it is durable."""
+
     turns_per_s: float
     cpu_s: float
     """Of the server, per turn."""
@@ -93,11 +96,25 @@ ROWS: Final[dict[str, Callable[[Figures], str]]] = {
 
 
 def read_result(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Capacity]]:
-    """Settings, samples and capacities of a result that was written before."""
-    content = json.loads(file.read_text(encoding="utf-8"))
-    samples = [one for one in content["samples"] if "round" in one]
-    capacities = [Capacity(**one) for one in content["samples"] if "round" not in one]
-    return content["environment"]["settings"], samples, capacities
+    """Settings, samples and capacities of a result that was written before.
+
+    Raises:
+        SystemExit: it cannot be read, or is of another benchmark.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        settings = content["environment"]["settings"]
+        samples = [one for one in content["samples"] if "condition" in one and "round" in one]
+        others = [one for one in content["samples"] if one not in samples]
+        capacities = [Capacity(**one) for one in others]
+        figures(samples)
+        settings["histories"], settings["output_tokens"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"{file}: is no result of `benchmarks.serving_cost --json` "
+            f"({type(error).__name__}: {error})"
+        ) from None
+    return settings, samples, capacities
 
 
 def figures(samples: Sequence[Sample]) -> dict[Key, Figures]:
@@ -117,6 +134,7 @@ def figures(samples: Sequence[Sample]) -> dict[Key, Figures]:
         found[key] = Figures(
             ttft_ms=1e3 * median(value for one in rounds for value in one["first_s"]),
             tpot_ms=1e3 * median(value for one in rounds for value in one["per_token_s"]),
+            total_ms=1e3 * median(value for one in rounds for value in one["total_s"]),
             turns_per_s=turns / sum(one["wall_s"] for one in rounds),
             cpu_s=per_turn["cpu_s"],
             shown=median(value for one in rounds for value in one["prompt_tokens"]),

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from deltamem_vllm.planning import Backbone, Machine, MemoryShape, Plan, Way, Workload
 
 GIB = 1 << 30
+FLAGS = {"memory_bytes": "gpu_memory", "utilization": "gpu_memory_utilization"}
+"""Fields whose flags are called otherwise."""
+
 PREFILL_SHARE, DECODE_SHARE = 0.5, 0.7
 """Of a data sheet's numbers, what is reached unless it is said: assumptions, not measurements."""
 
@@ -102,13 +105,15 @@ def plan(
 
     if plot is not None:
         check_plot(plot)
+        if history < 1:
+            raise ConfigError("--plot draws over growing histories: give a --history above 0.")
     sheet = None
     if gpu is not None and (sheet := GPUS.get(gpu.lower())) is None:
         raise ConfigError(f"--gpu {gpu}: expected one of {', '.join(GPUS)}, or its numbers.")
     if sheet is not None:
-        gpu_memory = gpu_memory or sheet.memory_gib
-        tflops = tflops or PREFILL_SHARE * sheet.tflops
-        gb_per_s = gb_per_s or DECODE_SHARE * sheet.gb_per_s
+        gpu_memory = sheet.memory_gib if gpu_memory is None else gpu_memory
+        tflops = PREFILL_SHARE * sheet.tflops if tflops is None else tflops
+        gb_per_s = DECODE_SHARE * sheet.gb_per_s if gb_per_s is None else gb_per_s
     if gpu_memory is None or tflops is None or gb_per_s is None:
         raise ConfigError("give --gpu, or all of --gpu-memory, --tflops and --gb-per-s.")
     backbone = read_backbone(model, dtype)
@@ -142,7 +147,10 @@ def plan(
         )
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(f"{first['loc'][0]}: {first['msg']}") from None
+        field = str(first["loc"][0])
+        raise ConfigError(
+            f"--{FLAGS.get(field, field).replace('_', '-')}: {first['msg']}"
+        ) from None
     longest = standing + history + question + reply
     made = make_plan(backbone, memory, work, machine, block_size)
     if as_json:
@@ -179,7 +187,7 @@ def _memory_of(
         linked = adapter_to_serve(str(folder), None)
         return linked.config, len(linked.layer_indices)
     fields = {"rank": rank, "num_state_heads": heads, "memory_write_granularity": write}
-    return DeltaMemConfig.model_validate(fields), backbone.shape.num_layers
+    return DeltaMemConfig.from_dict(fields), backbone.shape.num_layers
 
 
 def _as_dict(made: Plan, backbone: Backbone, work: Workload, machine: Machine) -> dict[str, Any]:
@@ -228,6 +236,10 @@ def _show(
     table.add_column("", no_wrap=True)
     for way in made.ways:
         table.add_column(TITLES[way.name], justify="right")
+
+    def number(value: int | None) -> str:
+        return "-" if value is None else f"{value:,}"
+
     rows: tuple[tuple[str, Callable[[Way], str]], ...] = (
         ("prompt tokens", lambda way: f"{way.prompt_tokens:,}"),
         ("of them computed", lambda way: f"{way.computed_tokens:,}"),
@@ -237,10 +249,8 @@ def _show(
             lambda way: f"{way.shared_blocks:,}" if way.shared_blocks else "-",
         ),
         ("turns at once in a replica", lambda way: f"{way.turns_at_once:,}"),
-        (
-            "conversations kept warm in one",
-            lambda way: "-" if way.warm_conversations is None else f"{way.warm_conversations:,}",
-        ),
+        ("conversations kept warm in one", lambda way: number(way.warm_conversations)),
+        ("replicas that keep all warm", lambda way: number(way.replicas_to_keep_warm)),
         (
             "KiB at rest, a conversation",
             lambda way: f"{way.rest_bytes / 1024:,.1f}" if way.rest_bytes else "-",

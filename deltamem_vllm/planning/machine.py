@@ -36,28 +36,28 @@ class Machine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    memory_bytes: float = Field(gt=0)
+    memory_bytes: float = Field(gt=0, allow_inf_nan=False)
     """Of all GPUs together."""
 
     utilization: float = Field(default=0.9, gt=0, le=1)
     """Share of it that vLLM may take (`--gpu-memory-utilization`)."""
 
-    overhead_bytes: float = Field(default=2 * GIB, ge=0)
+    overhead_bytes: float = Field(default=2 * GIB, ge=0, allow_inf_nan=False)
     """Of a GPU, for activations and graphs. vLLM's start-up log says what it really is."""
 
     gpus: int = Field(default=1, ge=1)
     """Tensor parallel size."""
 
-    tflops: float = Field(gt=0)
+    tflops: float = Field(gt=0, allow_inf_nan=False)
     """Reached in a prefill, 10^12 operations per second."""
 
-    gb_per_s: float = Field(gt=0)
+    gb_per_s: float = Field(gt=0, allow_inf_nan=False)
     """Reached in a decode step, 10^9 bytes per second."""
 
     max_requests: int = Field(default=256, ge=1)
     """Requests of one step (`--max-num-seqs`)."""
 
-    price_per_hour: float = Field(default=1.0, ge=0)
+    price_per_hour: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Of the replica, all GPUs."""
 
     def kv_cache_bytes(self, weight_bytes: float) -> float:

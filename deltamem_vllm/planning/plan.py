@@ -1,10 +1,11 @@
 """What conversations take on a machine: with their full history, with a window, with a memory.
 
-Times come from two numbers of the machine. A prefill takes its operations over `tflops`: two per
-parameter and token (the output embedding for the last token alone), and four per layer, query
-column and pair of tokens that attention joins. A
-decode step takes the larger of its operations and its bytes over `gb_per_s`: the weights once, and
-the keys and values of every request. What scheduling, sampling and HTTP take is not in it.
+Times come from two numbers of the machine. A prefill and a decode step each take the larger of
+their operations over `tflops` and their bytes over `gb_per_s`. Operations are two per parameter and
+token (the output embedding for sampled tokens alone), and four per layer, query column and pair of
+tokens that attention joins. Bytes are the weights, once in a step, and the keys and values that are
+read. In full batches a prefill shares its steps with decodes, and their reading of the weights.
+What scheduling, sampling and HTTP take is not in it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,10 @@ class Way:
     """Turns that a replica's KV cache has room for, without preemption."""
 
     warm_conversations: int | None
-    """Conversations whose history the KV cache can keep between turns; None: it need not."""
+    """Conversations whose history a replica can keep between turns; None: it need not."""
+
+    replicas_to_keep_warm: int | None
+    """That keep all conversations of the workload so, however few turns there are."""
 
     rest_bytes: int
     """What is kept of one conversation between its turns, beside its text."""
@@ -122,8 +126,14 @@ def make_plan(
         block_size: tokens of a KV cache block.
 
     Raises:
-        ConfigError: the machine has no room for the model, or for one turn.
+        ConfigError: the machine has no room for the model, or for one turn, or the model's heads
+            cannot be split over its GPUs.
     """
+    if not backbone.can_be_split(machine.gpus):
+        raise ConfigError(
+            f"--tensor-parallel-size {machine.gpus}: the model's {backbone.shape.num_heads} heads "
+            f"and {backbone.shape.num_kv_heads} key heads cannot be split evenly over so many GPUs."
+        )
     block = block_bytes(backbone, memory, block_size, machine.gpus)
     cache = machine.kv_cache_bytes(backbone.weight_bytes)
     if cache <= block.total * machine.gpus:
@@ -181,9 +191,10 @@ class _Planner:
                 f"cache has {blocks:,}: give the machine more memory, or less history."
             )
         batch = min(at_once, machine.max_requests)
-        prefill = self._prefill_s(computed, cached, with_memory)
         context = prompt + work.reply / 2
-        seconds = prefill + work.reply * self._decode_s(batch, context, with_memory) / batch
+        # The prefill gives a reply's first token.
+        decodes = (work.reply - 1) * self._decode_s(batch, context, with_memory) / batch
+        seconds = self._prefill_s(computed, cached, with_memory, alone=False) + decodes
         warm = None
         rest = 0
         if name == "full_warm":
@@ -200,8 +211,9 @@ class _Planner:
             blocks=blocks,
             turns_at_once=at_once,
             warm_conversations=warm,
+            replicas_to_keep_warm=math.ceil(work.conversations / warm) if warm else None,
             rest_bytes=rest,
-            first_token_s=prefill,
+            first_token_s=self._prefill_s(computed, cached, with_memory, alone=True),
             replica_s=seconds,
             replicas=work.turns_per_second * seconds,
             price_per_1000_turns=1000 * seconds * machine.price_per_hour / 3600,
@@ -224,15 +236,23 @@ class _Planner:
         attention = 4 * shape.num_layers * shape.q_size * pairs
         return each * tokens + 2 * self.backbone.head * sampled + attention
 
-    def _prefill_s(self, computed: int, cached: int, with_memory: bool) -> float:
-        pairs = computed * (cached + computed / 2)
-        return self._operations(computed, 1, pairs, with_memory) / (self.machine.tflops * 1e12)
+    def _prefill_s(self, computed: int, cached: int, with_memory: bool, *, alone: bool) -> float:
+        """Seconds of a prompt; the weights are read for it only where it is alone in its steps."""
+        operations = self._operations(computed, 1, computed * (cached + computed / 2), with_memory)
+        read = cached * self.backbone.kv_bytes_per_token
+        if alone:
+            read += self.backbone.weight_bytes
+        return self._seconds(operations, read)
 
     def _decode_s(self, batch: int, context: float, with_memory: bool) -> float:
         """Seconds of a step of `batch` requests."""
         each = context * self.backbone.kv_bytes_per_token
         if with_memory:
             each += STATE_ACCESSES * self.memory.state_bytes
-        moved = (self.backbone.weight_bytes + batch * each) / (self.machine.gb_per_s * 1e9)
         operations = self._operations(batch, batch, batch * context, with_memory)
-        return max(moved, operations / (self.machine.tflops * 1e12))
+        return self._seconds(operations, self.backbone.weight_bytes + batch * each)
+
+    def _seconds(self, operations: float, read: float) -> float:
+        """Of what takes so many operations, and reads so many bytes meanwhile."""
+        machine = self.machine
+        return max(operations / (machine.tflops * 1e12), read / (machine.gb_per_s * 1e9))

@@ -30,6 +30,8 @@ def check_plot(file: Path) -> None:
     """
     if file.suffix not in (".png", ".svg"):
         raise ConfigError(f"--plot {file}: give a name that ends in .png or .svg.")
+    if not file.parent.is_dir() or file.is_dir():
+        raise ConfigError(f"--plot {file}: is a folder, or in none that exists.")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("--plot needs matplotlib: pip install 'deltamem-vllm[bench]'.")
 

@@ -19,6 +19,9 @@ from deltamem_vllm.state.page import ring_length
 
 DTYPE_BYTES: Final = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+DTYPE_NAMES: Final = {"half": "float16", "float": "float32"}
+"""Other names that `vllm serve --dtype` takes."""
+
 HASH_BYTES: Final = 16
 """Of a written message, in its session's chain."""
 
@@ -45,6 +48,7 @@ class Backbone:
 
     dtype: str
     max_context: int
+    """Tokens of the longest prompt; 0 where the config does not say."""
 
     @property
     def dtype_bytes(self) -> int:
@@ -55,6 +59,11 @@ class Backbone:
     def kv_bytes_per_token(self) -> int:
         """Keys and values of a token, all layers."""
         return self.shape.num_layers * 2 * self.shape.kv_size * self.dtype_bytes
+
+    def can_be_split(self, gpus: int) -> bool:
+        """Whether tensor parallelism takes so many GPUs: key heads are split, or copied."""
+        heads, kv_heads = self.shape.num_heads, self.shape.num_kv_heads
+        return heads % gpus == 0 and (kv_heads % gpus == 0 or gpus % kv_heads == 0)
 
 
 class MemoryShape(NamedTuple):
@@ -134,7 +143,7 @@ def read_backbone(model: str, dtype: str | None = None) -> Backbone:
 
     Args:
         model: a checkpoint's folder or hub id, or a `config.json` by itself.
-        dtype: as `vllm serve` would be given; None takes the config's.
+        dtype: as `vllm serve` would be given; None and `auto` take the config's.
 
     Raises:
         BackboneError: there is no such model, or it is not one that is served with memory.
@@ -146,19 +155,23 @@ def read_backbone(model: str, dtype: str | None = None) -> Backbone:
         folder = resolve_base_dir(str(path) if path.exists() else model, config_only=True)
         config = read_base_config(folder)
         files = sorted(folder.glob("*.safetensors"))
-    architecture = (config.get("architectures") or [None])[0]
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else None
     if architecture not in ARCHITECTURES and architecture not in MODEL_CLASSES:
         raise BackboneError(
             f"{model} has architecture {architecture!r}; delta-mem serves "
             f"{', '.join(sorted(ARCHITECTURES))}."
         )
-    name = dtype or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    asked = None if dtype == "auto" else dtype
+    name = asked or str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    name = DTYPE_NAMES.get(name, name)
     if name not in DTYPE_BYTES:
-        raise BackboneError(f"dtype {name!r}: expected one of {', '.join(sorted(DTYPE_BYTES))}.")
+        known = ", ".join(sorted({*DTYPE_BYTES, *DTYPE_NAMES}))
+        raise BackboneError(f"dtype {name!r}: expected one of {known}.")
     shape = BackboneShape.from_config_dict(config)
     sizes = {key: config.get(key) for key in ("vocab_size", "intermediate_size")}
-    if not all(isinstance(value, int) for value in sizes.values()):
-        raise BackboneError(f"{model}: its config has {sizes}, expected two numbers.")
+    if not all(type(value) is int and value > 0 for value in sizes.values()):
+        raise BackboneError(f"{model}: its config has {sizes}, expected two positive numbers.")
     embedding = int(config["vocab_size"]) * shape.hidden_size
     mlp = 3 * shape.hidden_size * int(config["intermediate_size"])
     attention = 2 * shape.hidden_size * (shape.q_size + shape.kv_size)
@@ -166,6 +179,7 @@ def read_backbone(model: str, dtype: str | None = None) -> Backbone:
     body = shape.num_layers * (attention + mlp + norms) + shape.hidden_size
     tied = bool(config.get("tie_word_embeddings", False))
     parameters = body + (embedding if tied else 2 * embedding)
+    longest = config.get("max_position_embeddings")
     stored = sum(file.stat().st_size for file in files)
     return Backbone(
         shape=shape,
@@ -174,7 +188,7 @@ def read_backbone(model: str, dtype: str | None = None) -> Backbone:
         head=embedding,
         weight_bytes=stored or parameters * DTYPE_BYTES[name],
         dtype=name,
-        max_context=int(config.get("max_position_embeddings") or 0),
+        max_context=longest if type(longest) is int else 0,
     )
 
 

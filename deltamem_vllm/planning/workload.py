@@ -31,7 +31,7 @@ class Workload(BaseModel):
     share_prefix: bool = False
     """Whether turns with memory ask for `share_prefix`: then they share these, too."""
 
-    turns_per_hour: float = Field(default=4.0, gt=0)
+    turns_per_hour: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Of one conversation."""
 
     messages: int = Field(default=2, ge=0)

@@ -9,6 +9,7 @@ of a run follows from its seed and the number of the step.
 """
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -75,6 +76,17 @@ class Checkpoint(NamedTuple):
 
     state: RunState
     tensors: dict[str, Tensor]
+
+
+def make_folder(out: Path) -> None:
+    """Make a run's folder, and look whether it can be written, before hours are spent.
+
+    Raises:
+        OSError: it cannot.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out):
+        pass
 
 
 def save(out: Path, state: RunState, tensors: Mapping[str, Tensor]) -> None:

@@ -99,6 +99,14 @@ def digest(*parts: Sequence[MarkedConversation]) -> str:
     return whole.hexdigest()
 
 
+def also_learned(
+    training: Sequence[MarkedConversation], held_out: Sequence[MarkedConversation]
+) -> int:
+    """How many held-out conversations are among those to learn from."""
+    known = {(one.system, one.history, one.questions) for one in training}
+    return sum((one.system, one.history, one.questions) in known for one in held_out)
+
+
 def _read(file: Path) -> Iterator[MarkedConversation]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deltamem_vllm.adapter import Adapter, BackboneShape, resolve_base_dir, save_adapter
 from deltamem_vllm.adapter.names import ADAPTER_FILES
@@ -34,7 +33,13 @@ from deltamem_vllm.training.adapter_trainer import (
 from deltamem_vllm.training.attached import AttachedMemory
 from deltamem_vllm.training.chat_encoding import ChatMode, TemplateEncoder
 from deltamem_vllm.training.checkpoint import Evaluation, RunState
-from deltamem_vllm.training.conversations import MarkedConversation, digest, read_conversations
+from deltamem_vllm.training.conversations import (
+    MarkedConversation,
+    also_learned,
+    digest,
+    read_conversations,
+)
+from deltamem_vllm.training.loading import check_architecture, load_backbone, load_tokenizer
 from deltamem_vllm.training.report import CARD, PLOT, write_card, write_plot
 from deltamem_vllm.training.settings import TrainSettings
 
@@ -73,7 +78,8 @@ class TrainingRun:
     Raises:
         TrainingError: the output folder holds another run, a finished one, or what is no run's.
         TrainingDataError: a conversation is not valid; the message names file and line.
-        BackboneError: there is no such backbone, or it has another layout.
+        BackboneError: there is no such backbone, or it is not one that is served with memory.
+        OSError: the output folder cannot be made or written.
         ConfigError: the adapter asked for is not one.
     """
 
@@ -84,6 +90,7 @@ class TrainingRun:
             torch.set_num_threads(settings.threads)
         config = settings.adapter_config()
         training, held_out = split(settings)
+        checkpoint.make_folder(settings.out)
         folder = resolve_base_dir(settings.model)
         backbone = checkpoint_digests(folder)
         if kept is not None:
@@ -91,18 +98,24 @@ class TrainingRun:
         shape = BackboneShape.from_dir(folder)
         if config.target_layers and max(config.target_layers) >= shape.num_layers:
             raise BackboneError(
-                f"layers {settings.layers!r}: the base has {shape.num_layers} layers, 0 to "
+                f"--layers {settings.layers!r}: the base has {shape.num_layers} layers, 0 to "
                 f"{shape.num_layers - 1}"
             )
+        check_architecture(folder)
         self._encoder = TemplateEncoder(
-            AutoTokenizer.from_pretrained(folder),
+            load_tokenizer(folder),
             config.memory_write_granularity,
             settings.segment_tokens,
             settings.value_weight,
         )
         self._data = Split(self._encoded(training), self._encoded(held_out))
         say(f"{len(training):,} conversations to learn from, {len(held_out):,} held out")
-        self._model = load_backbone(folder, settings)
+        if learned := also_learned(training, held_out):
+            say(
+                f"{learned:,} of those held out are learned from, too, word for word: what they "
+                "reach says nothing of others"
+            )
+        self._model = load_backbone(folder, settings.dtype, settings.device)
         torch.manual_seed(settings.seed)
         self._memory = AttachedMemory(self._model, config)
         self._stepper = AdapterStepper(self._model, self._memory, _plan(settings))
@@ -325,28 +338,6 @@ def epoch_batches(lengths: Sequence[int], batch: int, seed: str) -> list[list[in
     found = list(batches())
     chance.shuffle(found)
     return found
-
-
-def load_backbone(folder: Path, settings: TrainSettings) -> PreTrainedModel:
-    """The frozen backbone, where the settings want it.
-
-    Raises:
-        BackboneError: transformers cannot load it.
-        TrainingError: a GPU is asked for, and there is none.
-    """
-    has_gpu = torch.cuda.is_available()
-    if settings.device == "cuda" and not has_gpu:
-        raise TrainingError("--device cuda: torch sees no GPU here")
-    device = "cuda" if has_gpu and settings.device != "cpu" else "cpu"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, settings.dtype)
-        )
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise BackboneError(f"{folder}: transformers cannot load it ({first})") from None
-    moved: PreTrainedModel = model.to(device)
-    return moved
 
 
 def _found(settings: TrainSettings) -> checkpoint.Checkpoint | None:

@@ -185,7 +185,10 @@ def layer_list(text: str) -> list[int]:
     found: set[int] = set()
     for part in filter(None, (each.strip() for each in text.split(","))):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise TrainingError(f"layers {text!r}: give numbers and ranges, such as 22-29 or 0,4,8")
+        is_range = first.isdecimal() and (last.isdecimal() if dash else True)
+        if not is_range or int(first) > int(last or first):
+            raise TrainingError(
+                f"--layers {text!r}: give numbers and ranges, such as 22-29 or 0,4,8"
+            )
         found.update(range(int(first), int(last or first) + 1))
     return sorted(found)

@@ -150,6 +150,7 @@ def test_locomo_runs_under_all_conditions_and_goes_on(
     summary = json.loads(result.read_text())["summary"]
     assert summary["memory_all_f1_questions"] == 8  # category 5 is not asked
     assert len(written.splitlines()) == 1 + 7 * 8
+    assert summary["full_left_out"] == summary["window+memory_left_out"] == 0
     tokens = {
         condition: sum(
             record["prompt_tokens"]
@@ -160,10 +161,56 @@ def test_locomo_runs_under_all_conditions_and_goes_on(
     }
     assert tokens["nothing"] == tokens["memory"] == tokens["other"] < tokens["retrieval"]
     assert tokens["retrieval"] < tokens["full"]
+    # Of three messages all are in the window; what folding takes away of it is the same text.
+    assert tokens["window"] == tokens["window+memory"] == tokens["full"]
     # All is done: no engine is started, and the same is summed up.
     run_main(locomo, monkeypatch, *arguments)
     assert lines.read_text() == written
     assert json.loads(result.read_text())["summary"] == summary
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--question-template", "no place"),
+        ("--question-template", "{question} {other}"),
+        ("--categories", "1,6"),
+        ("--categories", "a"),
+        ("--questions", "-1"),
+        ("--window", "0"),
+    ],
+)
+def test_an_argument_that_cannot_be_is_refused_by_name(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([SAMPLE]))
+    with pytest.raises(SystemExit) as stopped:
+        run_main(locomo, monkeypatch, "--data", data, f"{flag}={value}")
+    assert stopped.value.code == 2
+    assert flag in capsys.readouterr().err
+
+
+def test_a_window_that_does_not_fit_is_cut_with_a_memory_as_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = {"speaker": "Ann", "dia_id": "D1:1", "text": "I moved to Bern. " * 60}
+    told = {**SAMPLE["conversation"], "session_1": [long], "session_2": [long]}
+    data, lines = tmp_path / "data.json", tmp_path / "lines.jsonl"
+    data.write_text(json.dumps([{**SAMPLE, "conversation": told}]))
+    arguments = ("--data", data, "--lines", lines, "--eager", "--questions", 2)
+    arguments += ("--max-model-len", 512, "--conditions", "full,window,window+memory")
+    run_main(locomo, monkeypatch, *arguments)
+    assert "full: 2.0 messages of the history did not fit" in capsys.readouterr().out
+    tokens: dict[str, list[int]] = {}
+    for record in map(json.loads, lines.read_text().splitlines()[1:]):
+        tokens.setdefault(record["condition"], []).append(record["prompt_tokens"])
+    assert tokens["window+memory"] == tokens["window"] == tokens["full"]
+    assert max(tokens["full"]) < 512
 
 
 def test_data_that_is_not_the_benchmarks_is_refused(
@@ -178,6 +225,15 @@ def test_data_that_is_not_the_benchmarks_is_refused(
     rows.write_text(json.dumps(row))
     with pytest.raises(SystemExit, match=r"--source other: .* has some"):
         run_main(memory_agent_bench, monkeypatch, "--data", rows, "--source", "other")
+    for other, message in (
+        ("1\n", "row 1 has not"),
+        (json.dumps({**row, "answers": []}), "as many answers as questions"),
+        (json.dumps({**row, "metadata": "some"}), "metadata is no object"),
+        ("", "has no rows"),
+    ):
+        (tmp_path / "other.jsonl").write_text(other)
+        with pytest.raises(SystemExit, match=message):
+            memory_agent_bench.load(tmp_path / "other.jsonl", None)
     assert memory_agent_bench.load(rows, "some") == [row]
     (scored,) = memory_agent_bench.scored_cases([row], None, memory_agent_bench.QUESTION, 10)
     assert scored.grade(0, "A")["exact_match"] == 1.0

@@ -1,10 +1,12 @@
 """What the recall benchmarks are made of: cells, intervals, results that go on, retrieval."""
 
+import json
 import random
 from pathlib import Path
 
 import pytest
 
+from benchmarks.common import parser
 from benchmarks.conditions import CONDITIONS, retrieved, turns_of
 from benchmarks.recall import TEXT, fingerprints, jobs_of, summary_of
 from benchmarks.recall_groups import FURTHER, MAIN, Group, cases_of
@@ -51,6 +53,11 @@ def test_results_of_an_adapter_are_not_taken_for_those_of_another_in_its_place(
         Records(lines, settings)
 
 
+def test_an_adapter_that_is_none_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--adapters: .*missing"):
+        fingerprints([str(tmp_path / "missing")])
+
+
 def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:
     path = tmp_path / "some" / "lines.jsonl"
     first = Records(path, {"questions": 5})
@@ -64,6 +71,45 @@ def test_results_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert Records(path, {"questions": 5})["a"]["right"] == "101"
     with pytest.raises(SystemExit, match="other settings"):
         Records(path, {"questions": 6})
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["notes, and no newline", "a line\nand one without its end", '{"key": 1}\n{"a"', "1\n"],
+)
+def test_a_file_of_something_else_is_refused_and_left_as_it_is(
+    tmp_path: Path, content: str
+) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(SystemExit, match=r"notes\.txt is no file of results"):
+        Records(path, {"questions": 5})
+    assert path.read_text() == content
+
+
+def test_a_first_line_that_was_cut_off_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"settings": {"quest')
+    assert Records(path, {"questions": 5}).all() == []
+    assert json.loads(path.read_text()) == {"settings": {"questions": 5}}
+
+
+def test_one_conversation_has_no_interval() -> None:
+    estimate = bootstrap([0.0, 1.0, 1.0, 0.0], ["one"] * 4)
+    assert str(estimate) == "0.500 (no interval)"
+    assert estimate.figures("f1") == {"f1": 0.5}
+    assert set(bootstrap([0.0, 1.0], ["one", "two"]).figures("f1")) == {"f1", "f1_low", "f1_high"}
+
+
+def test_a_result_that_could_not_be_written_is_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for name in (tmp_path, tmp_path / "file" / "result.json"):
+        with pytest.raises(SystemExit):
+            parser("A benchmark.").parse_args(["--json", str(name)])
+        assert "cannot be written" in capsys.readouterr().err
+    assert parser("A benchmark.").parse_args(["--json", str(tmp_path / "a" / "r.json")]).json
 
 
 def test_retrieval_finds_the_turn_that_tells_and_keeps_the_order() -> None:

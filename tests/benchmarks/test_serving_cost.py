@@ -80,6 +80,7 @@ def made_up() -> list[dict[str, Any]]:
                         # What brings a history in does not count.
                         "first_s": [0.1 * share if number else 100.0],
                         "per_token_s": [0.02],
+                        "total_s": [0.1 * share + 0.3],
                         "prompt_tokens": [100 * share],
                         "wall_s": share,
                         "used_cpu_s": share,

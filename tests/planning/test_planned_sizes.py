@@ -110,6 +110,23 @@ def test_key_heads_are_split_and_states_are_not() -> None:
     assert two.state_pages == one.state_pages
 
 
+@pytest.mark.parametrize("name", ["half", "float16"])
+def test_names_of_a_dtype_are_those_of_vllm(name: str) -> None:
+    assert read_backbone(str(model_dir()), name).dtype == "float16"
+    assert read_backbone(str(model_dir()), "auto") == read_backbone(str(model_dir()))
+
+
+@pytest.mark.parametrize(
+    "field", [{"architectures": 5}, {"vocab_size": -1}, {"intermediate_size": True}]
+)
+def test_a_config_that_cannot_be_is_refused(tmp_path: Path, field: dict[str, Any]) -> None:
+    config = json.loads((model_dir() / "config.json").read_text())
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**config, **field}))
+    with pytest.raises(BackboneError):
+        read_backbone(str(file))
+
+
 def test_a_model_that_is_not_served_is_refused(tmp_path: Path) -> None:
     config = json.loads((model_dir() / "config.json").read_text())
     config["architectures"] = ["MambaForCausalLM"]

@@ -104,6 +104,30 @@ def test_turns_share_no_blocks_of_a_prefix_that_each_computes() -> None:
     assert cold.turns_at_once == cold.blocks // cold.blocks_per_turn < warm.turns_at_once
 
 
+def test_what_keeps_all_conversations_warm_does_not_depend_on_their_turns() -> None:
+    rare, often = (
+        planned(machine(), conversations=1000, turns_per_hour=turns).way("full_warm")
+        for turns in (0.01, 10)
+    )
+    assert rare.warm_conversations and rare.replicas < 1
+    assert rare.replicas_to_keep_warm == often.replicas_to_keep_warm
+    assert rare.replicas_to_keep_warm == -(-1000 // rare.warm_conversations) > 1
+
+
+def test_a_prompt_by_itself_waits_for_the_weights_and_for_what_is_cached() -> None:
+    # A machine that computes at once leaves what it has to read.
+    plan = planned(machine(tflops=1e9), history=4096)
+    weights = read_backbone(str(model_dir())).weight_bytes
+    cached = 4096 * plan.kv_bytes_per_token
+    assert plan.way("full_cold").first_token_s == pytest.approx(weights / 10e9)
+    assert plan.way("full_warm").first_token_s == pytest.approx((weights + cached) / 10e9)
+
+
+def test_a_reply_of_one_token_takes_no_decode_step() -> None:
+    way = planned(machine(gb_per_s=1e9), reply=1).way("full_cold")
+    assert way.replica_s == pytest.approx(way.first_token_s)
+
+
 def test_price_is_that_of_the_hours_taken() -> None:
     cheap, dear = (planned(machine(price_per_hour=price)).way("memory") for price in (1, 3))
     assert cheap.price_per_1000_turns == pytest.approx(1000 * cheap.replica_s / 3600)
@@ -122,6 +146,16 @@ def test_histories_double_up_to_the_one_asked_for() -> None:
     backbone = read_backbone(str(model_dir()))
     plans = plans_over_histories(backbone, memory, Workload(history=4096), machine(), BLOCK)
     assert list(plans) == [512, 1024, 2048, 4096]
+
+
+def test_an_adapter_that_cannot_be_is_refused_in_one_line() -> None:
+    call = ["plan", str(model_dir()), "--gpu", "l4", "--rank", "65"]
+    result = CliRunner().invoke(app, call)
+    assert result.exit_code == 2
+    assert (
+        result.stderr.strip()
+        == "error: bad adapter config: rank = 65: expected less than or equal to 64"
+    )
 
 
 CALL = ["plan", str(model_dir()), "--adapter", str(adapter_dir("tsw")), "--history", "2048"]
@@ -167,7 +201,12 @@ def test_command_prints_json() -> None:
         (["--gpu", "abacus"], "abacus"),
         (["--gpu", "l4", "--plot", "plan.txt"], ".svg"),
         (["--gpu", "l4", "--dtype", "int3"], "int3"),
-        (["--gpu", "l4", "--turns-per-hour", "0"], "turns_per_hour"),
+        (["--gpu", "l4", "--turns-per-hour", "0"], "--turns-per-hour: "),
+        (["--gpu", "l4", "--gpu-memory", "0"], "--gpu-memory: "),
+        (["--gpu", "l4", "--tflops", "0"], "--tflops: "),
+        (["--gpu", "l4", "--gb-per-s", "inf"], "--gb-per-s: "),
+        (["--gpu", "l4", "--tensor-parallel-size", "3"], "--tensor-parallel-size 3: "),
+        (["--gpu", "l4", "--plot", "no/such/folder/plan.svg"], "--plot no/such/folder/plan.svg: "),
     ],
 )
 def test_what_cannot_be_planned_is_said(flags: list[str], message: str) -> None:

@@ -275,7 +275,8 @@ def test_what_cannot_be_trained_is_refused_by_name(data: Path, tmp_path: Path) -
         ("--rank", 0): "--rank",
         ("--strategy", "other"): "--strategy",
         ("--heads", "q,x"): "delta_heads",
-        ("--layers", "3-"): "layers '3-'",
+        ("--layers", "3-"): "--layers '3-'",
+        ("--layers", "3-1"): "--layers '3-1'",
         ("--layers", "2-4"): "the base has 4 layers",
         ("--held-out", tmp_path / "missing.jsonl"): "missing.jsonl",
     }.items():
@@ -285,6 +286,46 @@ def test_what_cannot_be_trained_is_refused_by_name(data: Path, tmp_path: Path) -
         assert result.stderr.startswith("error: ")
     assert layer_list("0, 4-6") == [0, 4, 5, 6]
     assert layer_list("") == []
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_first_step(
+    data: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        result = command("--model", model_dir(), "--data", data, "--out", out, "--steps", 1)
+        assert result.exit_code == 2
+        assert str(out) in result.stderr
+        assert "step 1" not in result.stdout
+
+
+def test_a_model_that_is_not_served_is_refused_by_its_architecture(
+    data: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    config = json.loads((model_dir() / "config.json").read_text())
+    call = ("--model", base, "--data", data, "--out", tmp_path / "out")
+    (base / "config.json").write_text(
+        json.dumps({**config, "architectures": ["MixtralForCausalLM"]})
+    )
+    assert "MixtralForCausalLM" in command(*call).stderr
+    llama = {**config, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (base / "config.json").write_text(json.dumps(llama))
+    result = command(*call)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: {base}: its tokenizer cannot be loaded")
+
+
+def test_held_out_conversations_that_are_learned_from_are_counted(
+    data: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    TrainingRun(settings_of(data, tmp_path / "same", held_out=data), said.append)
+    assert any(line.startswith("60 of those held out are learned from, too") for line in said)
+    said.clear()
+    TrainingRun(settings_of(data, tmp_path / "share"), said.append)
+    assert not any("learned from, too" in line for line in said)
 
 
 def test_a_message_that_fits_no_segment_is_named(data: Path, tmp_path: Path) -> None:
