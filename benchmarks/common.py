@@ -119,6 +119,17 @@ def int_list(text: str) -> tuple[int, ...]:
     return values
 
 
+def positive(text: str) -> int:
+    """An argparse type: a number from 1 on.
+
+    Raises:
+        argparse.ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text!r}")
+    return int(text)
+
+
 def parser(docstring: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
     """A parser with the arguments every benchmark takes; its help text is the module's.
 
@@ -150,17 +161,6 @@ def output_file(text: str) -> Path:
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"{text}: cannot be written")
     return path
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number above 0.
-
-    Raises:
-        argparse.ArgumentTypeError: it is not.
-    """
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return int(text)
 
 
 def _version(distribution: str) -> str | None:

@@ -38,7 +38,6 @@ if not __package__:  # started as a file, not with `python -m`
 
 from benchmarks import backbones
 from benchmarks.common import (
-    available_cores,
     console,
     environment,
     int_list,
@@ -257,22 +256,18 @@ def plot(summary: Mapping[str, float], jobs: Sequence[Job], title: str, file: Pa
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--model", help="see `benchmarks.overhead`")
-    options.add_argument("--cache", type=Path, default=backbones.cache_folder())
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    backbones.add_options(options)
     options.add_argument("--compile", action="store_true", help="default: eager")
     options.add_argument("--prefill", type=int_list, help="default 512,1024,2048,4096,8192")
     options.add_argument("--history", type=int_list, help="beside 0; default 1024,4096,7936")
     options.add_argument("--rounds", type=int, help="default 5, with --quick 1")
-    options.add_argument("--threads", type=int, help="OpenMP threads of an engine (default: cores)")
     options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG or SVG to FILE")
     given = options.parse_args()
     given.prefill = given.prefill or ((512, 1024, 2048) if given.quick else FULL_PREFILL)
     given.history = given.history or ((1024, 4096) if given.quick else FULL_HISTORY)
     given.rounds = given.rounds or (1 if given.quick else 5)
-    given.threads = given.threads or available_cores()
-    if given.rounds < 1 or given.threads < 1:
-        options.error("--rounds and --threads must be at least 1")
+    if given.rounds < 1:
+        options.error("--rounds must be at least 1")
     check_plot(given.plot)
     if len(set(given.prefill)) < 2:
         options.error("--prefill needs two lengths at least, for a slope")

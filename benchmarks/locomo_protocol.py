@@ -73,9 +73,9 @@ def asked(question: dict[str, Any], key: str, template: str = QUESTION) -> Asked
 
 def cleaned(reply: str, question: Asked) -> str:
     """The answer in a reply: its first line, and of an adversarial question the chosen option."""
-    lines = [line.strip() for line in reply.splitlines() if line.strip()]
+    said = re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE)
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     answer = lines[0] if lines else ""
-    answer = re.sub(r"^answer\s*:\s*", "", answer, flags=re.IGNORECASE)
     if question.options is not None:
         chosen = _OPTION.match(answer)
         if chosen is not None:

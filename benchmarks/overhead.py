@@ -45,7 +45,6 @@ if not __package__:  # started as a file, not with `python -m`
 
 from benchmarks import backbones
 from benchmarks.common import (
-    available_cores,
     available_memory_gib,
     environment,
     int_list,
@@ -182,19 +181,8 @@ def names_in(known: Sequence[str]) -> Any:
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument(
-        "--model",
-        help=f"{backbones.SMOLLM2} (the default where it can be had), {backbones.RANDOM} "
-        "(a random Qwen3 of its shape), a folder or a hub id",
-    )
+    backbones.add_options(options)
     options.add_argument("--adapter", help="adapter of --model (default: a random one)")
-    options.add_argument(
-        "--cache",
-        type=Path,
-        default=backbones.cache_folder(),
-        help=f"where {backbones.SMOLLM2} is kept (default %(default)s)",
-    )
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     options.add_argument(
         "--mode",
         type=names_in(MODES),
@@ -224,7 +212,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         type=int,
         help="times that all engines are started anew; default 3, with --quick 1",
     )
-    options.add_argument("--threads", type=int, help="OpenMP threads of an engine (default: cores)")
     options.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG or SVG to FILE")
     options.add_argument(
         "--reference",
@@ -235,7 +222,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given = options.parse_args(argv)
     if given.adapter and given.model in (None, backbones.SMOLLM2, backbones.RANDOM):
         options.error("--adapter needs the --model it was made for, a folder or a hub id")
-    for name in ("rounds", "starts", "threads"):
+    for name in ("rounds", "starts"):
         value = getattr(given, name)
         if value is not None and value < 1:
             options.error(f"--{name} must be at least 1")
@@ -245,7 +232,6 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     given.mode = given.mode or (("eager",) if given.quick else MODES)
     given.prefill = given.prefill or (QUICK_PREFILL if given.quick else FULL_PREFILL)
     given.load = given.load or ((8,) if given.quick else (64,))
-    given.threads = given.threads or available_cores()
     return given
 
 

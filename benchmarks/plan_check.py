@@ -39,6 +39,7 @@ from deltamem_vllm.planning import (
     block_bytes,
     make_plan,
     read_backbone,
+    turns_at_once,
 )
 
 WAYS: tuple[WayName, ...] = ("full_cold", "full_warm", "window", "memory")
@@ -154,8 +155,8 @@ def lines(
             states = VERSIONS_KEPT * memory.state_bytes
             yield Line("states kept, bytes", "memory", history, states, kept)
     for capacity in measured.capacities:
-        blocks = math.ceil((capacity.prompt_tokens + PROBE_OUTPUT) / block_size)
-        at_once = (capacity.blocks - 1) // blocks
+        tokens = capacity.prompt_tokens + PROBE_OUTPUT
+        at_once = turns_at_once(capacity.blocks - 1, tokens, block_size)
         yield Line(
             "turns at once", capacity.condition, capacity.history, at_once, capacity.conversations
         )

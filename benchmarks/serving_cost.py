@@ -41,7 +41,7 @@ if not __package__:  # started as a file, not with `python -m`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import backbones
-from benchmarks.common import available_cores, environment, int_list, parser, progress, write_json
+from benchmarks.common import environment, int_list, parser, progress, write_json
 from benchmarks.conversations import Conversation, make_conversation, token_counter
 from benchmarks.engines import in_turns
 from benchmarks.figures import check_plot
@@ -325,15 +325,12 @@ async def run(
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--model", help="demo, or what `benchmarks.overhead` takes")
-    options.add_argument("--cache", type=Path, default=backbones.cache_folder())
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    backbones.add_options(options, model=f"{DEMO}, {backbones.MODEL_HELP}")
     options.add_argument("--history", type=int_list, help="default 1024,2048,4096,7168")
     options.add_argument("--concurrency", type=int_list, help="default 1,4")
     options.add_argument("--prefix", type=int, default=0, help="tokens of a shared system prompt")
     options.add_argument("--rounds", type=int, help="counted turns; default 5, with --quick 2")
     options.add_argument("--output", type=int, default=24, help="tokens of a reply (%(default)s)")
-    options.add_argument("--threads", type=int, help="OpenMP threads (default: cores)")
     options.add_argument("--kv-gib", type=int, help="KV cache of the sweep; default 4, quick 1")
     options.add_argument(
         "--probe-conversations", type=int, default=2,
@@ -352,7 +349,6 @@ def arguments() -> argparse.Namespace:
     given.history = given.history or ((512, 1024) if given.quick else (1024, 2048, 4096, 7168))
     given.concurrency = given.concurrency or ((1, 2) if given.quick else (1, 4))
     given.rounds = given.rounds or (2 if given.quick else 5)
-    given.threads = given.threads or available_cores()
     given.kv_gib = given.kv_gib or (1 if given.quick else 4)
     if len(given.history) < 2:
         options.error("--history needs two lengths at least, to see what grows")

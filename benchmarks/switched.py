@@ -30,7 +30,6 @@ if not __package__:  # started as a file, not with `python -m`
 
 from benchmarks import backbones
 from benchmarks.common import (
-    available_cores,
     console,
     environment,
     int_list,
@@ -118,14 +117,11 @@ def generator(
 
 def arguments() -> argparse.Namespace:
     options = parser(__doc__)
-    options.add_argument("--model", help=f"{backbones.SMOLLM2} (default), a folder or a hub id")
-    options.add_argument("--cache", type=Path, default=backbones.cache_folder())
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    backbones.add_options(options)
     options.add_argument("--states", type=int, choices=(1, 4), default=1, help="per layer")
     options.add_argument("--batch", type=int_list, default=(1, 8, 32, 128))
     options.add_argument("--prefill", type=int_list, default=(512, 2048))
     options.add_argument("--rounds", type=int, help="default 4, with --quick 1")
-    options.add_argument("--threads", type=int, default=available_cores())
     given = options.parse_args()
     if max(*given.prefill, CONTEXT * max(given.batch)) > MAX_TOKENS:
         options.error(f"all prompts of a step must fit into {MAX_TOKENS} tokens")

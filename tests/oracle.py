@@ -37,7 +37,12 @@ class SpanMemory(AttachedMemory):
     prefix: int = 0
 
     def _advance(self, index: int, hidden: Tensor) -> None:
-        self._advance_behind(index, hidden[:, self.prefix :])
+        heads, rank, _ = self.config.state_shape
+        if hidden.shape[1] > self.prefix:
+            self._advance_behind(index, hidden[:, self.prefix :])
+        else:
+            self._states.setdefault(index, hidden.new_zeros(1, heads, rank, rank))
+            self._reads[index] = hidden.new_zeros(len(hidden), 0, heads * rank)
         reads = self._reads[index]
         nothing = reads.new_zeros(len(reads), self.prefix, reads.shape[-1])
         self._reads[index] = torch.cat([nothing, reads], dim=1)

@@ -145,9 +145,12 @@ def fold(
     reread, spans = 0, None
     prefix = prefix_of(render, bare, shown, prompt=prompt) if memory.share_prefix else 0
     if writes:
-        reread = split_boundary(
-            render, plan.standing, plan.reread, plan.fresh, prompt=prompt, bare=bare
-        )
+        # Where nothing is read again, what is not written ends with the prefix.
+        reread = prefix
+        if plan.reread or not memory.share_prefix:
+            reread = split_boundary(
+                render, plan.standing, plan.reread, plan.fresh, prompt=prompt, bare=bare
+            )
         if finder is not None:
             first = len(plan.standing) + len(plan.reread)
             spans = finder.find(render, shown, prompt, start=reread, first=first)

@@ -19,12 +19,14 @@ class SessionsPlugin:
     def attach_router(self, app: FastAPI) -> None:
         """See vLLM's `EndpointPlugin`."""
         from deltamem_vllm.api.guard import Gatekeeper
+        from deltamem_vllm.api.leaving import CancelledMeansLeft
         from deltamem_vllm.api.routes import generation_router, session_router
         from deltamem_vllm.api.startup import keep_house
 
         app.include_router(generation_router)
         app.include_router(session_router)
         app.add_middleware(Gatekeeper)
+        app.add_middleware(CancelledMeansLeft)
         keep_house(app)
 
     async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:

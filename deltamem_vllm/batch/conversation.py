@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from vllm import RequestOutput, SamplingParams
 
+from deltamem_vllm.api.boundaries import num_standing
 from deltamem_vllm.api.settings import ServerSettings
 from deltamem_vllm.batch.rows import Messages, Reply, Result, Row, Sampling, describe
 from deltamem_vllm.engine.compat import engine_is_dead
@@ -105,11 +106,14 @@ class Conversations:
         if _has_private_session(row):
             session = self._name(row, 0)
         history: Messages = []
+        shared: Messages = []
         shows_all = row.window is not None or not row.writes
         for index, asked in enumerate(_asked(row)):
             new = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            if row.turns is not None and not shows_all:
-                history = []
+            if row.share_prefix and index == 0 and not isinstance(asked, str):
+                shared = list(asked[: num_standing(asked)])
+            if row.turns is not None and index and not shows_all:
+                history = shared
             output = self._turn(row, session, index, [*history, *new] if row.turns else asked)
             reply = _reply(output)
             yield reply

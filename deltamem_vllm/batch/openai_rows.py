@@ -10,7 +10,7 @@ CHAT, COMPLETION = "/v1/chat/completions", "/v1/completions"
 
 ENVELOPE: Final = frozenset({"custom_id", "method", "url", "body"})
 
-OF_MEMORY: Final = frozenset({"session", "mode", "window", "ttl"})
+OF_MEMORY: Final = frozenset({"session", "mode", "window", "share_prefix", "ttl"})
 """Keys of a body's `memory` that a row has, too."""
 
 WITHOUT_EFFECT: Final = {"model", "user", "metadata", "store"}

@@ -84,6 +84,10 @@ class Row(BaseModel):
     window: Window | None = None
     """Of chats: the messages are a full history, or, with `turns`, are to be shown again."""
 
+    share_prefix: bool = False
+    """Of chats: as in `Memory`. With `turns`, the system messages that the first one begins with
+    are sent with every turn, for no memory carries them."""
+
     segment_tokens: int | None = Field(default=None, ge=1, lt=2**31)
     """Of ingests: tokens per request; fixed by a session's first ingest."""
 
@@ -116,6 +120,8 @@ class Row(BaseModel):
             raise ValueError("tools: belong to messages")
         if self.window is not None and self.messages is None and self.turns is None:
             raise ValueError("window: belongs to messages and turns")
+        if self.share_prefix:
+            self._check_sharing()
         if self.session is None and self.turns is None:
             if self.window is not None or self.ttl is not None:
                 raise ValueError("window and ttl: need a session")
@@ -134,6 +140,14 @@ class Row(BaseModel):
                 raise ValueError(str(error)) from None
         return self
 
+    def _check_sharing(self) -> None:
+        if self.messages is None and self.turns is None:
+            raise ValueError("share_prefix: belongs to messages and turns")
+        if self.mode == "off":
+            raise ValueError("share_prefix: keeps from a memory, and mode off has none")
+        if self.session is None and (self.turns is None or not self.writes):
+            raise ValueError("share_prefix: needs a session")
+
     @property
     def writes(self) -> bool:
         """Whether it changes its session, which rows before and after it then wait for."""
@@ -149,7 +163,8 @@ class Row(BaseModel):
             fields |= {"turn": turn, "ttl": self.ttl}
         elif self.ttl is not None:
             fields["ttl"] = self.ttl  # to be refused
-        return Memory(session=session, mode=self.mode, window=self.window, **fields)
+        fields |= {"window": self.window, "share_prefix": self.share_prefix}
+        return Memory(session=session, mode=self.mode, **fields)
 
 
 class Reply(BaseModel):

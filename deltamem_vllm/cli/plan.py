@@ -44,7 +44,7 @@ def plan(
         int, typer.Option(min=0, help="Tokens of a system prompt and tools, the same for all.")
     ] = 0,
     share_prefix: Annotated[
-        bool, typer.Option("--share-prefix", help="Turns with memory share it: `share_prefix`.")
+        bool, typer.Option("--share-prefix", help="Turns with memory share those, too.")
     ] = False,
     turns_per_hour: Annotated[float, typer.Option(help="Of one conversation.")] = 4.0,
     versions_kept: Annotated[int, typer.Option(min=1, help="Of a session.")] = 4,
@@ -244,6 +244,10 @@ def _show(
         ("prompt tokens", lambda way: f"{way.prompt_tokens:,}"),
         ("of them computed", lambda way: f"{way.computed_tokens:,}"),
         ("KV cache blocks of a turn", lambda way: f"{way.blocks_per_turn:,}"),
+        (
+            "of them held once for all turns",
+            lambda way: f"{way.shared_blocks:,}" if way.shared_blocks else "-",
+        ),
         ("turns at once in a replica", lambda way: f"{way.turns_at_once:,}"),
         ("conversations kept warm in one", lambda way: number(way.warm_conversations)),
         ("replicas that keep all warm", lambda way: number(way.replicas_to_keep_warm)),

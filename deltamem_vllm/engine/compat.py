@@ -10,7 +10,6 @@ import functools
 import gc
 import hashlib
 import io
-import os
 import sys
 import threading
 import time
@@ -73,6 +72,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, Sliding
 from vllm.v1.request import Request
 
 from deltamem_vllm.errors import BrokenOffError, EngineConfigError, ModelNotFoundError
+from deltamem_vllm.versions import check_tested
 
 try:
     from vllm.triton_utils import dispatcher
@@ -94,14 +94,7 @@ def check_version(version: str = vllm.__version__) -> None:
     Raises:
         EngineConfigError: unless the environment variable above is set to 1.
     """
-    if version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VERSIONS)):
-        return
-    if os.environ.get(UNTESTED_VERSION_VARIABLE) == "1":
-        return
-    raise EngineConfigError(
-        f"deltamem-vllm supports vLLM {' and '.join(SUPPORTED_VERSIONS)}, but {version} is "
-        f"installed. Install a supported version, or set {UNTESTED_VERSION_VARIABLE}=1 to try."
-    )
+    check_tested("vLLM", version, SUPPORTED_VERSIONS, UNTESTED_VERSION_VARIABLE)
 
 
 def add_splitting_op(op_name: str) -> None:

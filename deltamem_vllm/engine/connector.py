@@ -119,13 +119,16 @@ class PageSave:
     """Keep the state after `num_tokens` tokens, which lies in `block`, under `ticket`.
 
     A request that holds no block, because it ended while it waited or was preempted, leaves 0
-    tokens and no state; whoever wants one must run it again.
+    tokens and no state; whoever wants one must run it again. One that holds shared blocks alone,
+    whose pages are of any memory, leaves the state `before` it: none of its tokens was written.
     """
 
     request_id: str
     ticket: str
     block: int | None
     num_tokens: int
+    before: bytes | None = None
+    """As in `MemoryArgs.state`; only where no block is named."""
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,8 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         # no longer in the ring.
         num_tokens = max(min(computed, request.num_tokens - 1), computed - self._layout.ring + 1)
         if num_tokens <= shared:
-            self._saves.append(PageSave(request.request_id, args.ticket, None, 0))
+            save = PageSave(request.request_id, args.ticket, None, num_tokens, args.state)
+            self._saves.append(save)
             return False, None
         block = block_ids[0][(num_tokens - 1) // self.block_size]
         self._saves.append(PageSave(request.request_id, args.ticket, block, num_tokens))
@@ -324,6 +328,11 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 layer.layer_index: layer.state_at(save.block, save.num_tokens).clone()
                 for layer in self._layers
             }
+        elif save.num_tokens:
+            first_states = torch.from_numpy(self._first_states(save.before))
+            states = {
+                layer.layer_index: first_states[self._row_of(layer)] for layer in self._layers
+            }
         # Tensor parallel ranks hold equal states, so one of them is enough.
         if get_tensor_model_parallel_rank() == 0:
             self._saved[save.ticket] = SavedState(save.num_tokens, states)
@@ -333,12 +342,9 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
 
         One that starts behind blocks of others is told so by `STARTS_AT`, until the next step.
         """
-        shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
-        states = np.zeros((len(loads), *shape), np.float32)
+        states = np.stack([self._first_states(load.args.state) for load in loads])
         header = np.zeros((len(loads), HEADER_WORDS), np.int32)
         for row, load in enumerate(loads):
-            if load.args.state is not None:
-                states[row] = np.frombuffer(load.args.state, np.float32).reshape(shape)
             header[row, READ_FROM] = max(load.args.read_from, load.args.prefix)
             header[row, WRITE_FROM] = load.args.write_from
             header[row, WRITE_UNTIL] = load.args.write_until
@@ -350,11 +356,21 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         headers, first_states = _on_device(header, device), _on_device(states, device)
         for layer in self._layers:
             assert layer.pages is not None
-            position = self.adapter.layer_indices.index(layer.layer_index)
             layer.pages.header[rows] = headers
-            layer.pages.states[rows, slots] = first_states[:, position]
+            layer.pages.states[rows, slots] = first_states[:, self._row_of(layer)]
         if header[:, STARTS_AT].any():
             self._started = rows
+
+    def _first_states(self, packed: bytes | None) -> npt.NDArray[np.float32]:
+        """[layers, H, r, r] of `MemoryArgs.state`."""
+        shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
+        if packed is None:
+            return np.zeros(shape, np.float32)
+        return np.frombuffer(packed, np.float32).reshape(shape).copy()
+
+    def _row_of(self, layer: MemoryLayer) -> int:
+        """Where a layer's state lies among the adapter's."""
+        return self.adapter.layer_indices.index(layer.layer_index)
 
     def _device(self) -> torch.device:
         """Where the state pages of all layers lie."""

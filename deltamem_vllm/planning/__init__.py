@@ -6,7 +6,7 @@ with both. Times are a model of two numbers, what a machine computes and what it
 """
 
 from deltamem_vllm.planning.machine import GPUS, Gpu, Machine
-from deltamem_vllm.planning.plan import Plan, Way, WayName, make_plan
+from deltamem_vllm.planning.plan import Plan, Way, WayName, make_plan, turns_at_once
 from deltamem_vllm.planning.sizes import (
     Backbone,
     BlockBytes,
@@ -32,4 +32,5 @@ __all__ = [
     "make_plan",
     "read_backbone",
     "session_bytes",
+    "turns_at_once",
 ]

@@ -43,6 +43,9 @@ class Way:
     """Of them, those that go through the model; the others are in the prefix cache."""
 
     blocks_per_turn: int
+    shared_blocks: int
+    """Of them, those that all turns hold one copy of."""
+
     blocks: int
     """Of a replica's KV cache."""
 
@@ -92,6 +95,18 @@ class Plan:
     def way(self, name: WayName) -> Way:
         """The way of that name."""
         return next(way for way in self.ways if way.name == name)
+
+
+def turns_at_once(blocks: int, tokens: int, block_size: int, shared: int = 0) -> int:
+    """Turns that a KV cache has room for, without preemption.
+
+    Args:
+        blocks: that requests can have; vLLM keeps one for itself.
+        tokens: of a turn, its reply included.
+        block_size: tokens of a block.
+        shared: blocks that all turns begin with, and hold one copy of.
+    """
+    return max(blocks - shared, 0) // max(math.ceil(tokens / block_size) - shared, 1)
 
 
 def make_plan(
@@ -161,16 +176,15 @@ class _Planner:
             "full_cold": 0,
             "full_warm": self._whole(work.standing + work.history),
             "window": self._whole(work.standing),
-            # Its salt is its session's, unless the standing part is kept out of the memory.
+            # Its salt is its session's, but for what has nothing to do with its memory.
             "memory": self._whole(work.standing) if work.share_prefix else 0,
         }[name]
         computed = prompt - cached
         blocks = self._blocks(with_memory)
         # Turns hold one copy of what they find in the prefix cache.
-        is_shared = name in ("full_warm", "window") or (with_memory and work.share_prefix)
-        shared = self._whole(work.standing) // self.block_size if is_shared else 0
+        shared = min(cached, self._whole(work.standing)) // self.block_size
         total = math.ceil((prompt + work.reply) / self.block_size)
-        at_once = max(blocks - shared, 0) // max(total - shared, 1)
+        at_once = turns_at_once(blocks, prompt + work.reply, self.block_size, shared)
         if at_once < 1:
             raise ConfigError(
                 f"a turn of {prompt + work.reply:,} tokens takes {total:,} blocks, and the KV "
@@ -184,9 +198,8 @@ class _Planner:
         warm = None
         rest = 0
         if name == "full_warm":
-            per = math.ceil((prompt + work.reply) / self.block_size) - shared
-            warm = max(blocks - shared, 0) // max(per, 1)
-            rest = per * self.block_size * self.backbone.kv_bytes_per_token
+            warm = at_once
+            rest = (total - shared) * self.block_size * self.backbone.kv_bytes_per_token
         if with_memory:
             rest = self.session
         return Way(
@@ -194,6 +207,7 @@ class _Planner:
             prompt_tokens=prompt,
             computed_tokens=computed,
             blocks_per_turn=total,
+            shared_blocks=shared,
             blocks=blocks,
             turns_at_once=at_once,
             warm_conversations=warm,

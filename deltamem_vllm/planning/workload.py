@@ -29,7 +29,7 @@ class Workload(BaseModel):
     """System prompt and tools before every conversation, the same for all."""
 
     share_prefix: bool = False
-    """Turns with memory say `share_prefix`, and so have the standing part from the prefix cache."""
+    """Whether turns with memory ask for `share_prefix`: then they share these, too."""
 
     turns_per_hour: float = Field(default=4.0, gt=0, allow_inf_nan=False)
     """Of one conversation."""

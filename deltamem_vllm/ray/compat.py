@@ -1,13 +1,12 @@
 """What we use of Ray and Ray does not promise, in one place; as `engine/compat.py` is for vLLM."""
 
-import os
 from typing import Final
 
 import ray
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 from ray.serve.request_router import PendingRequest, RunningReplica
 
-from deltamem_vllm.errors import EngineConfigError
+from deltamem_vllm.versions import check_tested
 
 SUPPORTED_VERSIONS: Final = ("2.60",)
 """Minor versions of Ray with which replicas and the router were run."""
@@ -21,14 +20,7 @@ def check_version(version: str = ray.__version__) -> None:
     Raises:
         EngineConfigError: unless the environment variable above is set to 1.
     """
-    if version.startswith(tuple(f"{minor}." for minor in SUPPORTED_VERSIONS)):
-        return
-    if os.environ.get(UNTESTED_VERSION_VARIABLE) == "1":
-        return
-    raise EngineConfigError(
-        f"replicas run on Ray {' and '.join(SUPPORTED_VERSIONS)}, but {version} is installed. "
-        f"Install a supported version, or set {UNTESTED_VERSION_VARIABLE}=1 to try."
-    )
+    check_tested("Ray", version, SUPPORTED_VERSIONS, UNTESTED_VERSION_VARIABLE)
 
 
 class RankedRouter(ConsistentHashRouter):

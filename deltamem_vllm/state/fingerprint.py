@@ -210,9 +210,7 @@ def fingerprint(
         chat_template = _own_chat_template(tokenizer_folder, tokenizer_config)
     if alias is None:
         config = {**read_base_config(folder), **(overrides or {})}
-        weights = _json_digest(sorted(file_digests(weight_files(folder))))
-        kept = {key: value for key, value in config.items() if key not in CONFIG_IGNORED}
-        config_digest = _json_digest(kept)
+        weights, config_digest = _weights_digest(folder), _config_digest(config)
         quantization_digest = _quantization_digest(quantization, config.get("quantization_config"))
     else:
         weights = config_digest = quantization_digest = _json_digest(["alias", alias])
@@ -225,6 +223,23 @@ def fingerprint(
         quantization=quantization_digest,
         lora=_lora_digest(lora),
     )
+
+
+def checkpoint_digests(folder: Path) -> dict[str, str]:
+    """The parts of a checkpoint without memory, by the names that `FingerprintParts` has for them.
+    Blocks as `fingerprint` does.
+
+    Raises:
+        BackboneError: the folder has no weights or config, or holds a damaged file.
+        OSError: a file cannot be read.
+    """
+    tokenizer_config = _read_json(folder / TOKENIZER_CONFIG)
+    return {
+        "weights": _weights_digest(folder),
+        "config": _config_digest(read_base_config(folder)),
+        "tokenizer": _tokenizer_digest(folder, tokenizer_config),
+        "chat_template": _json_digest(_own_chat_template(folder, tokenizer_config)),
+    }
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -256,6 +271,14 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and Path(name).name == name
+
+
+def _weights_digest(folder: Path) -> str:
+    return _json_digest(sorted(file_digests(weight_files(folder))))
+
+
+def _config_digest(config: Mapping[str, Any]) -> str:
+    return _json_digest({key: value for key, value in config.items() if key not in CONFIG_IGNORED})
 
 
 def _quantization_digest(method: str | None, config: Any) -> str:

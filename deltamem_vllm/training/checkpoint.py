@@ -49,6 +49,9 @@ class RunState(BaseModel):
     data: str = ""
     """Digest of the conversations."""
 
+    backbone: dict[str, str] = {}
+    """Digests of its parts, see `checkpoint_digests`."""
+
     step: int = 0
     losses: list[float] = []
     """Of each step."""

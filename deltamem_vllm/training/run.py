@@ -4,9 +4,10 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from deltamem_vllm.adapter import Adapter, BackboneShape, resolve_base_dir, save_adapter
 from deltamem_vllm.adapter.names import ADAPTER_FILES
 from deltamem_vllm.errors import BackboneError, TrainingError
+from deltamem_vllm.state.fingerprint import checkpoint_digests
 from deltamem_vllm.training import checkpoint
 from deltamem_vllm.training.adapter_trainer import (
     AdapterBatch,
@@ -90,6 +92,9 @@ class TrainingRun:
         training, held_out = split(settings)
         checkpoint.make_folder(settings.out)
         folder = resolve_base_dir(settings.model)
+        backbone = checkpoint_digests(folder)
+        if kept is not None:
+            _refuse_other_backbone(settings, kept.state.backbone, backbone)
         shape = BackboneShape.from_dir(folder)
         if config.target_layers and max(config.target_layers) >= shape.num_layers:
             raise BackboneError(
@@ -115,7 +120,9 @@ class TrainingRun:
         self._memory = AttachedMemory(self._model, config)
         self._stepper = AdapterStepper(self._model, self._memory, _plan(settings))
         self._best: dict[str, Tensor] = {}
-        self.state = RunState(settings=settings.deciding(), data=digest(training, held_out))
+        self.state = RunState(
+            settings=settings.deciding(), data=digest(training, held_out), backbone=backbone
+        )
         if kept is not None:
             self._go_on(kept)
 
@@ -352,18 +359,25 @@ def _found(settings: TrainSettings) -> checkpoint.Checkpoint | None:
         return None
     if kept.state.finished:
         raise TrainingError(f"{settings.out}: the run in it is finished; give another folder")
-    now = settings.deciding()
-    other = sorted(
-        name
-        for name in {*now, *kept.state.settings}
-        if now.get(name) != kept.state.settings.get(name)
-    )
-    if other:
-        raise TrainingError(
-            f"{settings.out}: holds a run of another {', '.join(other)}; give the same, or another "
-            "folder"
-        )
+    if other := _differences(kept.state.settings, settings.deciding()):
+        raise _of_another(settings.out, ", ".join(other))
     return kept
+
+
+def _refuse_other_backbone(
+    settings: TrainSettings, kept: Mapping[str, str], now: Mapping[str, str]
+) -> None:
+    """Refuse to go on with a backbone that was replaced where it lies."""
+    if other := _differences(kept, now):
+        raise _of_another(settings.out, f"model (its {', '.join(other)} changed)")
+
+
+def _differences(kept: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in {*now, *kept} if now.get(name) != kept.get(name))
+
+
+def _of_another(out: Path, what: str) -> TrainingError:
+    return TrainingError(f"{out}: holds a run of another {what}; give the same, or another folder")
 
 
 def _finite(loss: float, step: int) -> float:

@@ -1,7 +1,7 @@
 """A history is folded so that each message is written once, and the newest is always shown."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from deltamem_vllm.errors import ConflictError, MemoryRequestError
 from deltamem_vllm.memory import Memory, Window
 from deltamem_vllm.sessions import SessionRecord
 from tests.api.histories import KEY, chain, history, names, record
-from tests.api.templates import MERGED, TOKENIZER, Renderer
+from tests.api.templates import MERGED, TOKENIZER, TOOLS, Renderer
 
 
 def one_token_per_letter(messages: Sequence[Message]) -> int:
@@ -363,6 +363,33 @@ def test_a_window_of_tokens_asks_no_template_for_a_message_alone() -> None:
     memory = Memory(session="ann", window=Window(tokens=99))
     folded = fold_history(sent, TURNS[3:], memory, KEY, render, None, count, writes=True)
     assert names(folded.shown) == "u1 a1 u2 a2 u3"
+
+
+@pytest.mark.parametrize("sent", ["u1", "s1 u1", "s1 u1 a1 u2", "s1 u1 a1 u2 a2 u3"])
+@pytest.mark.parametrize("tools", [None, [{"function": {"name": "look"}}]])
+def test_a_shared_prefix_is_looked_for_once(sent: str, tools: Any) -> None:
+    """Where nothing is read again, it is what is not written, and costs no rendering more."""
+    found = []
+    for share in (False, True):
+        render = Counting(TOOLS, tools=tools)
+        bare = None if tools is None else Counting(TOOLS)
+        memory = Memory(session="ann", window=Window(messages=1), share_prefix=share)
+        folded = fold_history(history(sent), [], memory, KEY, render, bare, len, writes=True)
+        found.append((folded.reread, render.calls, None if bare is None else bare.calls))
+        assert folded.prefix == (folded.reread if share else 0)
+    assert found[0] == found[1]
+    assert (found[0][0] > 0) == (tools is not None or "s1" in sent)
+
+
+@dataclass
+class Counting(Renderer):
+    """Counts what it renders."""
+
+    calls: int = 0
+
+    def __call__(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        self.calls += 1
+        return super().__call__(messages, add_generation_prompt=add_generation_prompt)
 
 
 def test_what_a_message_says_is_its_text_and_its_calls() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import httpx
@@ -77,6 +78,14 @@ def load_sessions(self, loads):
 
 
 DeltaMemConnector._load = load_sessions
+"""
+
+
+WHERE_IT_SERVES = """
+import sys
+
+# Torch's compiler starts interpreters, too, that would load vLLM for nothing, each anew.
+if any(word == "serve" or "multiprocessing.spawn" in word for word in sys.orig_argv):
 """
 
 
@@ -196,7 +205,7 @@ def serving(checkpoint: Path, folder: Path, mutation: str | None = None) -> Iter
         "DELTAMEM_VERSIONS_KEPT": "100",
     }
     if mutation is not None:
-        (folder / "sitecustomize.py").write_text(mutation)
+        (folder / "sitecustomize.py").write_text(WHERE_IT_SERVES + indent(mutation, "    "))
         given = os.environ.get("PYTHONPATH")
         environment["PYTHONPATH"] = os.pathsep.join([str(folder), *([given] if given else [])])
     flags = ["--max-logprobs", str(VOCAB), "--num-gpu-blocks-override", str(NUM_BLOCKS)]

@@ -68,6 +68,20 @@ def test_sessions_share_a_system_prompt_and_stay_exact(
     assert found[1:] == [2 * BLOCK] * 8
 
 
+def test_a_chat_that_is_its_shared_blocks_alone_writes_nothing_yet(
+    client: openai.OpenAI, store: SessionStore
+) -> None:
+    system = {**SYSTEM, "content": " ".join(map(word, random_tokens(980, 2 * BLOCK - 1)))}
+    name = new_name("alone")
+    memory = {"session": name, "share_prefix": True}
+    reply = ask(client, [system], memory, max_tokens=1, extra={"add_generation_prompt": False})
+    assert len(reply.prompt_ids) == 2 * BLOCK
+    record = record_of(store, name)
+    assert record.content.state == bytes(len(record.content.state))
+    assert record.content.tokens_written == 0
+    assert list(record.content.pending_token_ids) == reply.token_ids
+
+
 @pytest.mark.parametrize(
     ("route", "fields", "memory"),
     [

@@ -192,6 +192,43 @@ def test_conversations_show_their_history_where_they_are_asked_to(
     assert last is not None and last["prompt_tokens_saved"] > 0
 
 
+def test_rows_share_the_system_prompt_that_they_begin_with(
+    llm: MemoryLLM, tmp_path: Path, store: str
+) -> None:
+    """It is sent with every turn, and written by none."""
+    system = {"role": "system", "content": text("system", 70)}
+    said = [[system, *chat("first")], text("second", 12), chat("third", 9)]
+    rows: list[dict[str, Any]] = [
+        {"id": "named", "session": "s", "share_prefix": True, "turns": said},
+        {"id": "private", "share_prefix": True, "turns": said},
+        {"id": "window", "session": "w", "window": {"messages": 2}, "share_prefix": True}
+        | {"turns": said},
+    ]
+    asked = {"mode": "read_only", "share_prefix": True, "messages": [system, *chat("asked")]}
+    rows += [{"id": f"asked {name}", "session": name, **asked} for name in "sw"]
+    results = run_rows(llm, tmp_path, store, rows)
+    assert all(result.error is None for result in results.values())
+    new = [chat("first"), [{"role": "user", "content": said[1]}], chat("third", 9)]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    for row, session in (("named", "s"), ("window", "w")):
+        window = {"messages": 2} if row == "window" else None
+        memory = Memory(session="direct", window=window, share_prefix=True)
+        history: list[dict[str, Any]] = []
+        replies = []
+        for each in new:
+            history = [*(history if window else []), *each]
+            (output,) = llm.chat([[system, *history]], params, memory=memory, use_tqdm=False)
+            replies.append(output.outputs[0].text)
+            history.append({"role": "assistant", "content": replies[-1]})
+        assert [reply.text for reply in results[row].replies] == replies
+        assert_same_sessions({"": llm.sessions[session]}, {"": llm.sessions["direct"]})
+        reading = Memory(session="direct", mode="read_only", share_prefix=True)
+        (output,) = llm.chat([asked["messages"]], params, memory=reading, use_tqdm=False)
+        assert results[f"asked {session}"].replies[0].text == output.outputs[0].text
+        del llm.sessions["direct"]
+    assert results["private"].replies[-1].text == results["named"].replies[-1].text
+
+
 def test_rows_that_cannot_be_run_take_nothing_else_along(
     llm: MemoryLLM, tmp_path: Path, store: str
 ) -> None:

@@ -43,6 +43,11 @@ def test_rows_of_all_kinds_are_taken(row: dict[str, Any]) -> None:
         ({"id": "a", "messages": chat(1), "session": "s", "window": {}}, "window is"),
         ({"id": "a", "prompt": "x", "sampling": {"temperature": "0"}}, "sampling.temperature"),
         ({"id": "a", "prompt": "x", "sampling": {"best_of": 2}}, "sampling.best_of"),
+        ({"id": "a", "prompt": "x", "session": "s", "share_prefix": True}, "belongs to messages"),
+        ({"id": "a", "ingest": "x", "session": "s", "share_prefix": True}, "belongs to messages"),
+        ({"id": "a", "messages": chat(1), "share_prefix": True}, "share_prefix: needs a session"),
+        ({"id": "a", "turns": ["x"], "mode": "read_only", "share_prefix": True}, "needs a session"),
+        ({"id": "a", "turns": ["x"], "mode": "off", "share_prefix": True}, "mode off has none"),
         ([1], "a row is an object, not list"),
     ],
 )
@@ -179,11 +184,11 @@ def test_openai_rows_mean_the_same() -> None:
         "max_completion_tokens": 5,
         "temperature": 0,
         "stream": False,
-        "memory": {"session": "s", "mode": "read_only"},
+        "memory": {"session": "s", "mode": "read_only", "share_prefix": True},
     }
     row = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
     expected = {"id": "a", "session": "s", "mode": "read_only", "messages": chat(1)}
-    expected["sampling"] = {"max_tokens": 5, "temperature": 0}
+    expected |= {"share_prefix": True, "sampling": {"max_tokens": 5, "temperature": 0}}
     assert parse_row(from_openai(row)) == parse_row(expected)
     for change, reason in (
         ({"stream": True}, r"body\.stream"),

@@ -91,7 +91,10 @@ def test_an_adversarial_question_has_two_options_whose_order_changes() -> None:
         for words in ("Bob did", "A friend of Ann's", "a, I think"):
             assert protocol.cleaned(words, one) == words
     plain = protocol.asked(SAMPLE["qa"][0], "made-up/0")
-    assert protocol.cleaned("\n Answer: Bern\nAnn said so.", plain) == "Bern"
+    for reply in ("\n Answer: Bern\nAnn said so.", "Answer:\nBern\nAnn said so.", "Bern"):
+        assert protocol.cleaned(reply, plain) == "Bern"
+    for reply in ("", "Answer:", "answer :\n"):
+        assert protocol.cleaned(reply, plain) == ""
     assert protocol.DATE_HINT in protocol.asked(SAMPLE["qa"][1], "made-up/1").text
 
 

@@ -1,5 +1,6 @@
 """The speed benchmark: its figures' names and values, its plot, and a small real run."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import backbones
 from benchmarks.backbones import BackboneUnavailableError, get
+from benchmarks.common import available_cores
 from benchmarks.engines import MSW4, OURS, STOCK, in_turns
 from benchmarks.overhead import arguments, fitting_engines, jobs_of
 from benchmarks.overhead_jobs import Job, context_needed, output_tokens
@@ -83,9 +86,28 @@ def test_engines_that_do_not_fit_into_memory_are_left_out() -> None:
     assert fitting_engines((MSW4,), 1.0) == [MSW4]
 
 
+def test_benchmarks_of_engines_are_asked_alike() -> None:
+    options = argparse.ArgumentParser()
+    backbones.add_options(options)
+    given = options.parse_args([])
+    assert (given.model, given.dtype, given.threads) == (None, "bfloat16", available_cores())
+    assert given.cache == backbones.cache_folder()
+    for flags in (["--dtype", "float32"], ["--threads", "3"], ["--model", "random"]):
+        assert vars(options.parse_args(flags)).items() <= vars(arguments(flags)).items()
+    for flags in (["--dtype", "int4"], ["--threads", "0"], ["--threads", "x"]):
+        with pytest.raises(SystemExit):
+            options.parse_args(flags)
+
+
 @pytest.mark.parametrize(
     "flags",
-    [["--mode", "fast"], ["--engines", "stock"], ["--adapter", "x"], ["--rounds", "0"]],
+    [
+        ["--mode", "fast"],
+        ["--engines", "stock"],
+        ["--adapter", "x"],
+        ["--rounds", "0"],
+        ["--threads", "0"],
+    ],
 )
 def test_wrong_arguments_are_refused(flags: list[str]) -> None:
     with pytest.raises(SystemExit):

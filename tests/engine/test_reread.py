@@ -3,23 +3,21 @@
 from collections.abc import Iterator
 
 import pytest
-from vllm import LLM
 
 from deltamem_vllm import MemoryLLM
 from deltamem_vllm.adapter import load_adapter
-from deltamem_vllm.engine.turn import Start, begin
-from deltamem_vllm.sessions import SessionContent
+from deltamem_vllm.engine.turn import begin
 from deltamem_vllm.state.snapshot import StateShape
+from tests.engine.engine_turns import HELD_TOKENS, final_state, held_session, run_turns
 from tests.helpers import (
     DATA,
     VOCAB,
     assert_states_close,
-    greedy,
     output_logprobs,
     random_tokens,
     running,
 )
-from tests.oracle import Answer, Oracle
+from tests.oracle import Oracle
 
 CASE = DATA / "qwen3_tsw"
 SHAPE = StateShape.of(load_adapter(CASE / "adapter"))
@@ -51,52 +49,29 @@ def llm(request: pytest.FixtureRequest) -> Iterator[MemoryLLM]:
         yield running_llm
 
 
-def before(oracle: Oracle, seed: int, num_pending: int) -> tuple[SessionContent, Answer]:
-    """A session that holds 40 tokens, and what the definition says of it."""
-    held = oracle(random_tokens(seed, 40))
-    pending = tuple(random_tokens(seed + 1000, num_pending))
-    return SessionContent(SHAPE.pack(held.state), 40, pending), held
-
-
-def run(llm: MemoryLLM, starts: list[Start], prompts: list[list[int]], num_output: int) -> list:
-    rendered = [
-        start.prompt({"prompt_token_ids": prompt})
-        for start, prompt in zip(starts, prompts, strict=True)
-    ]
-    params = [start.params(greedy(num_output)) for start in starts]
-    return LLM.generate(llm, rendered, params, use_tqdm=False)
-
-
-def final_state(llm: MemoryLLM, start: Start) -> tuple[int, bytes]:
-    llm.llm_engine.step()  # the step in which states are copied
-    ((answer),) = llm.collective_rpc("take_memory_states", args=([start.ticket], []))
-    num_tokens, by_layer = answer[start.ticket]
-    return num_tokens, SHAPE.join(by_layer)
-
-
 @pytest.mark.parametrize("num_pending", [0, 1, 5, 40])
 @pytest.mark.parametrize("reread", [1, 31, 50, 64])
 def test_what_is_read_again_is_not_written_and_pending_tokens_are(
     llm: MemoryLLM, oracle: Oracle, num_pending: int, reread: int
 ) -> None:
     seed = 10 * num_pending + reread
-    content, held = before(oracle, seed, num_pending)
+    content, held = held_session(oracle, SHAPE, seed, num_pending)
     start = begin("read_write", content, SHAPE, reread=reread)
     prompt = random_tokens(seed + 1, reread + 20)
-    (output,) = run(llm, [start], [prompt], num_output=6)
+    (output,) = run_turns(llm, [start], [prompt], tokens=6)
     tokens = [*start.pending, *prompt, *output.outputs[0].token_ids]
     fed = tokens[:-1]
     written = [
         position < num_pending or position >= num_pending + reread for position in range(len(fed))
     ]
     expected = oracle(fed, state=held.state, written=written)
-    num_tokens, state = final_state(llm, start)
+    num_tokens, state = final_state(llm, SHAPE, start)
     assert num_tokens == len(fed)
     assert_states_close(SHAPE.unpack(state), expected.state)
     logprobs = expected.logprobs[num_pending + len(prompt) - 1 :]
     assert (output_logprobs(output) - logprobs).abs().max() < 1e-4
     after = start.content(state, num_tokens, pending=tokens[-1:])
-    assert after.tokens_written == 40 + sum(written)
+    assert after.tokens_written == HELD_TOKENS + sum(written)
     # One token more would show.
     written[num_pending] = True
     wrong = oracle(fed, state=held.state, written=written)
@@ -106,19 +81,19 @@ def test_what_is_read_again_is_not_written_and_pending_tokens_are(
 
 def test_a_prefix_hit_needs_the_same_positions_that_write(llm: MemoryLLM, oracle: Oracle) -> None:
     """The same tokens on the same state, written from another position on, share no block."""
-    content, held = before(oracle, 7, 3)
+    content, held = held_session(oracle, SHAPE, 7, 3)
     prompt = random_tokens(8, 3 * BLOCK)
     first = begin("read_write", content, SHAPE, reread=40)
     again = begin("read_write", content, SHAPE, reread=40)
     other = begin("read_write", content, SHAPE, reread=41)
     cached = []
     for start, reread in ((first, 40), (again, 40), (other, 41)):
-        (output,) = run(llm, [start], [prompt], num_output=2)
+        (output,) = run_turns(llm, [start], [prompt], tokens=2)
         cached.append(output.num_cached_tokens)
         fed = [*start.pending, *prompt, output.outputs[0].token_ids[0]]
         written = [position < 3 or position >= 3 + reread for position in range(len(fed))]
         expected = oracle(fed, state=held.state, written=written)
-        num_tokens, state = final_state(llm, start)
+        num_tokens, state = final_state(llm, SHAPE, start)
         assert num_tokens == len(fed)
         assert_states_close(SHAPE.unpack(state), expected.state)
     assert cached == [0, 3 * BLOCK, 0]

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from vllm import LLM
 from vllm.platforms.cpu import CpuPlatform
 
 from deltamem_vllm import MemoryLLM
@@ -16,14 +15,13 @@ from deltamem_vllm.engine import connector
 from deltamem_vllm.engine.compat import extend_cache_salt
 from deltamem_vllm.engine.request_args import cache_scope
 from deltamem_vllm.engine.turn import Start, begin
-from deltamem_vllm.sessions import SessionContent
 from deltamem_vllm.state.page import MemoryMode
 from deltamem_vllm.state.snapshot import StateShape
+from tests.engine.engine_turns import HELD_TOKENS, final_state, held_session, run_turns
 from tests.helpers import (
     DATA,
     VOCAB,
     assert_states_close,
-    greedy,
     output_logprobs,
     random_tokens,
     running,
@@ -105,22 +103,15 @@ class Held:
     """A session, and the definition's state of it."""
 
     def __init__(self, oracle: Oracle, seed: int, num_pending: int = 0) -> None:
-        self.state = oracle(random_tokens(seed, 40)).state
-        pending = tuple(random_tokens(seed + 1000, num_pending))
-        self.content = SessionContent(SHAPE.pack(self.state), 40, pending)
+        self.content, held = held_session(oracle, SHAPE, seed, num_pending)
+        self.state = held.state
 
     def begin(self, prefix: int, mode: MemoryMode = "read_write", **fields: Any) -> Start:
         return begin(mode, self.content, SHAPE, prefix=prefix, **fields)
 
 
 def run(llm: MemoryLLM, starts: list[Start], prompts: list[list[int]], tokens: int = 3) -> list:
-    """All prompts at once; the outputs as the engine has them, pending tokens included."""
-    rendered = [
-        start.prompt({"prompt_token_ids": prompt})
-        for start, prompt in zip(starts, prompts, strict=True)
-    ]
-    params = [start.params(greedy(tokens)) for start in starts]
-    return LLM.generate(llm, rendered, params, use_tqdm=False)
+    return run_turns(llm, starts, prompts, tokens)
 
 
 def check(llm: MemoryLLM, oracle: Oracle, held: Held, start: Start, output: Any) -> None:
@@ -135,13 +126,11 @@ def check(llm: MemoryLLM, oracle: Oracle, held: Held, start: Start, output: Any)
     assert (output_logprobs(output) - logprobs).abs().max() < NOISE
     if not writes:
         return
-    llm.llm_engine.step()  # the step in which states are copied
-    ((answer),) = llm.collective_rpc("take_memory_states", args=([start.ticket], []))
-    num_tokens, by_layer = answer[start.ticket]
+    num_tokens, state = final_state(llm, SHAPE, start)
     assert num_tokens == len(fed)
-    assert_states_close(SHAPE.unpack(SHAPE.join(by_layer)), expected.state)
-    content = start.content(SHAPE.join(by_layer), num_tokens, ())
-    assert content.tokens_written == 40 + sum(written[start.prefix :])
+    assert_states_close(SHAPE.unpack(state), expected.state)
+    content = start.content(state, num_tokens, ())
+    assert content.tokens_written == HELD_TOKENS + sum(written[start.prefix :])
 
 
 @pytest.mark.parametrize("prefix", [20, BLOCK, 70, 3 * BLOCK])
@@ -215,6 +204,20 @@ def test_a_prompt_may_be_no_more_than_its_prefix(llm: MemoryLLM, oracle: Oracle)
         (output,) = run(llm, [start], [longer])
         assert output.num_cached_tokens == cached * BLOCK
         check(llm, oracle, held, start, output)
+
+
+def test_shared_blocks_alone_leave_the_state_as_it_was(llm: MemoryLLM, oracle: Oracle) -> None:
+    """No page holds the state of such a turn: there is no token behind the shared blocks."""
+    prompt = SYSTEM[: 2 * BLOCK]
+    for seed, cached in ((32, 0), (33, 1)):  # the last token is always computed
+        held = Held(oracle, seed)
+        start = held.begin(2 * BLOCK)
+        (output,) = run(llm, [start], [prompt], tokens=1)
+        assert output.num_cached_tokens == cached * BLOCK
+        check(llm, oracle, held, start, output)
+    empty = begin("read_write", None, SHAPE, prefix=2 * BLOCK)
+    run(llm, [empty], [prompt], tokens=1)
+    assert final_state(llm, SHAPE, empty) == (2 * BLOCK, bytes(SHAPE.num_bytes))
 
 
 def kinds_of_requests(oracle: Oracle) -> dict[str, Start]:

@@ -25,8 +25,9 @@ def oracle() -> Oracle:
 
 
 def chat(llm: MemoryLLM, messages: Sequence[Any], memory: Memory, **fields: Any) -> Any:
-    arguments = {name: fields.pop(name) for name in ("tools",) if name in fields}
-    sampling = greedy(6, detokenize=True, **fields)
+    given = ("tools", "add_generation_prompt")
+    arguments = {name: fields.pop(name) for name in given if name in fields}
+    sampling = greedy(fields.pop("max_tokens", 6), detokenize=True, **fields)
     (output,) = llm.chat(list(messages), sampling, memory, use_tqdm=False, **arguments)
     return output
 
@@ -122,6 +123,20 @@ def test_a_chat_with_nothing_before_it_shares_nothing(llm: MemoryLLM, oracle: Or
     session.check(llm, chat(llm, messages, Memory(session="a", share_prefix=True)), prefix=0)
     other = chat(llm, [*messages, said(571, 3)], Memory(session="a", share_prefix=True))
     assert other.num_cached_tokens == 0
+
+
+def test_a_chat_that_is_its_shared_blocks_alone_writes_nothing_yet(
+    llm: MemoryLLM, oracle: Oracle
+) -> None:
+    """Its one token is pending, and begins the next turn."""
+    system = {**said(575, 2 * BLOCK - 1), "role": "system"}
+    memory = Memory(session="a", share_prefix=True)
+    session = Followed("a", oracle)
+    output = chat(llm, [system], memory, add_generation_prompt=False, max_tokens=1)
+    assert len(output.prompt_token_ids) == 2 * BLOCK
+    session.check(llm, output, prefix=2 * BLOCK)
+    assert session.written == 0 and session.pending == tuple(output.outputs[0].token_ids)
+    session.check(llm, chat(llm, [system, said(576, 5)], memory), prefix=2 * BLOCK)
 
 
 def test_a_later_system_message_belongs_to_the_conversation(llm: MemoryLLM, oracle: Oracle) -> None:

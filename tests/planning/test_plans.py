@@ -10,7 +10,15 @@ from deltamem_vllm.cli import app
 from deltamem_vllm.config import DeltaMemConfig
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
 from deltamem_vllm.errors import ConfigError
-from deltamem_vllm.planning import Machine, MemoryShape, Plan, Workload, make_plan, read_backbone
+from deltamem_vllm.planning import (
+    Machine,
+    MemoryShape,
+    Plan,
+    Workload,
+    make_plan,
+    read_backbone,
+    turns_at_once,
+)
 from deltamem_vllm.planning.plot import plans_over_histories
 
 BLOCK = 16
@@ -62,14 +70,30 @@ def test_a_shared_prefix_is_held_once_without_memory_and_by_each_with_it() -> No
     assert shared.way("memory").turns_at_once < alone.way("memory").turns_at_once / 4
 
 
-def test_share_prefix_lets_turns_with_memory_share_what_a_window_shares() -> None:
-    written, shared = (
-        planned(machine(), standing=1600, share_prefix=share) for share in (False, True)
-    )
-    assert written.way("memory").computed_tokens == 1600 + 256 + 32
-    assert shared.way("memory").computed_tokens == shared.way("window").computed_tokens == 256 + 32
-    assert shared.way("memory").turns_at_once > 4 * written.way("memory").turns_at_once
-    assert shared.way("window") == written.way("window")
+def test_memories_that_share_a_prefix_hold_and_compute_it_once() -> None:
+    """As a window without memory does: whole blocks."""
+    work = {"standing": 1605, "share_prefix": True}
+    written, shared = (planned(machine(), **{**work, "share_prefix": share}) for share in (0, 1))
+    memory, window = shared.way("memory"), shared.way("window")
+    assert memory.computed_tokens == written.way("memory").computed_tokens - 1600
+    assert memory.computed_tokens == window.computed_tokens == 5 + 256 + 32
+    assert memory.shared_blocks == window.shared_blocks == 100
+    assert written.way("memory").shared_blocks == 0
+    each = memory.blocks_per_turn - 100
+    assert memory.turns_at_once == (memory.blocks - 100) // each
+    assert memory.turns_at_once > 4 * written.way("memory").turns_at_once
+    assert memory.first_token_s < written.way("memory").first_token_s / 4
+    assert {way.name: way for way in written.ways if way.name != "memory"} == {
+        way.name: way for way in shared.ways if way.name != "memory"
+    }
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "shared", "turns"),
+    [(110, 330, 0, 10), (110, 320, 0, 11), (110, 330, 5, 17), (4, 330, 5, 0), (110, 0, 0, 110)],
+)
+def test_turns_at_once_are_whole_ones(blocks: int, tokens: int, shared: int, turns: int) -> None:
+    assert turns_at_once(blocks, tokens, 32, shared) == turns
 
 
 def test_turns_share_no_blocks_of_a_prefix_that_each_computes() -> None:
@@ -144,6 +168,21 @@ def test_command_prints_tables_and_draws(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "window + memory" in result.stdout
     assert plot.read_text().startswith("<?xml")
+
+
+def test_command_prints_what_is_shared() -> None:
+    flags = ["--gpu", "l4", "--standing", "1000"]
+    found = []
+    for more in ([], ["--share-prefix"]):
+        result = CliRunner().invoke(app, [*CALL, *flags, *more], env={"COLUMNS": "160"})
+        assert result.exit_code == 0, result.output
+        lines = result.stdout.splitlines()
+        (line,) = (one for one in lines if "of them held once" in one)
+        found.append(line.split("│")[2:-1])
+    assert [[cell.strip() for cell in row] for row in found] == [
+        ["-", "62", "62", "-"],
+        ["-", "62", "62", "62"],
+    ]
 
 
 def test_command_prints_json() -> None:

@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save
 from transformers import AutoTokenizer
 from typer.testing import CliRunner, Result
 
@@ -169,6 +171,38 @@ def test_a_run_does_not_go_on_with_other_conversations(data: Path, tmp_path: Pat
         TrainingRun(settings, lambda line: None)
     copy.write_text("".join(lines))
     assert finished(settings).state.step == 2
+
+
+def test_a_run_does_not_go_on_with_a_backbone_that_was_replaced(data: Path, tmp_path: Path) -> None:
+    """Other weights have the same names, shapes and sizes."""
+    model = shutil.copytree(model_dir(), tmp_path / "model")
+    settings = settings_of(data, tmp_path / "run", steps=2, eval_every=1)
+    settings = settings.model_copy(update={"model": str(model)})
+    TrainingRun(settings, lambda line: None).run(stop_after=1)
+    weights = load_file(model / "model.safetensors")
+    changes: dict[str, tuple[str, bytes]] = {
+        "weights": (
+            "model.safetensors",
+            save({name: 1.001 * one for name, one in weights.items()}, {"format": "pt"}),
+        ),
+        "config": ("config.json", _changed(model / "config.json", rms_norm_eps=1e-3)),
+        "chat_template": ("chat_template.jinja", b"{{ messages }}"),
+        "tokenizer": ("added_tokens.json", b"{}"),
+    }
+    for part, (name, content) in changes.items():
+        before = (model / name).read_bytes() if (model / name).exists() else None
+        (model / name).write_bytes(content)
+        with pytest.raises(TrainingError, match=rf"another model \(its {part} changed\); give"):
+            TrainingRun(settings, lambda line: None)
+        if before is None:
+            (model / name).unlink()
+        else:
+            (model / name).write_bytes(before)
+    assert finished(settings).state.step == 2
+
+
+def _changed(file: Path, **changes: Any) -> bytes:
+    return json.dumps({**json.loads(file.read_bytes()), **changes}).encode()
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_checkpoint(
