@@ -92,6 +92,7 @@ class TrainingRun:
         training, held_out = split(settings)
         checkpoint.make_folder(settings.out)
         folder = resolve_base_dir(settings.model)
+        check_architecture(folder)
         backbone = checkpoint_digests(folder)
         if kept is not None:
             _refuse_other_backbone(settings, kept.state.backbone, backbone)
@@ -101,7 +102,6 @@ class TrainingRun:
                 f"--layers {settings.layers!r}: the base has {shape.num_layers} layers, 0 to "
                 f"{shape.num_layers - 1}"
             )
-        check_architecture(folder)
         self._encoder = TemplateEncoder(
             load_tokenizer(folder),
             config.memory_write_granularity,

@@ -310,6 +310,7 @@ def test_a_model_that_is_not_served_is_refused_by_its_architecture(
         json.dumps({**config, "architectures": ["MixtralForCausalLM"]})
     )
     assert "MixtralForCausalLM" in command(*call).stderr
+    (base / "model.safetensors").write_bytes((model_dir() / "model.safetensors").read_bytes())
     llama = {**config, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (base / "config.json").write_text(json.dumps(llama))
     result = command(*call)
