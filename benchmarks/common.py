@@ -152,6 +152,17 @@ def output_file(text: str) -> Path:
     return path
 
 
+def positive(text: str) -> int:
+    """An argparse type: a whole number above 0.
+
+    Raises:
+        argparse.ArgumentTypeError: it is not.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return int(text)
+
+
 def _version(distribution: str) -> str | None:
     try:
         return version(distribution)
