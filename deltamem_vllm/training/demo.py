@@ -206,6 +206,8 @@ ADAPTERS = {
             _in_one_go(1000, seed=2),
             _in_one_go(700, seed=3, max_facts=2, untold=0.2, learning_rate=5e-3, final_share=0.05),
             _in_one_go(700, seed=4, max_facts=2, untold=0.2, final_share=0.03),
+            _in_one_go(400, seed=5, values=3, max_facts=4, untold=0.1),
+            _in_one_go(800, seed=6, max_facts=4, untold=0.2, final_share=0.03),
         ),
     ),
 }
