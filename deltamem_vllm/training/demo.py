@@ -150,8 +150,8 @@ def _in_one_go(
 
     In the mean of a message's tokens a value is a tenth. Among all values the loss stays at that of
     guessing for hundreds of steps; two are told apart within 150, and from there more are learned.
-    Written turn by turn, each reply fades token by token what its message wrote, until the gates
-    are learned: several times slower, and of little use so early.
+    Where half of the histories were written turn by turn, with replies token by token, a step took
+    several times as long and taught far less.
     """
     return Stage(
         AdapterData(
