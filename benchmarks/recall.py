@@ -252,7 +252,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument(
         "--adapters",
-        default="msw,tsw",
+        default="msw,tsw,ssw",
         help="of the demo, or folders, with commas; the first one is summarised (%(default)s)",
     )
     options.add_argument(

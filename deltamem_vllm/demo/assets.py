@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Final, Literal, get_args
 
-DemoAdapter = Literal["tsw", "msw"]
-"""`tsw`: one 8x8 state per layer; `msw`: four of them."""
+DemoAdapter = Literal["tsw", "msw", "ssw"]
+"""`tsw`: one 8x8 state per layer; `msw`: four of them; `ssw`: one, written once a message."""
 
 DEMO_ADAPTERS: Final[tuple[DemoAdapter, ...]] = get_args(DemoAdapter)
 

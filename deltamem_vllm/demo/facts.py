@@ -86,6 +86,7 @@ class TrainingMix:
 
     `foreign_value_share` is how often a slot takes a value of another family ("My bike is Oslo."):
     such facts can only be copied, never guessed from the slot, so that copying is what is learned.
+    `values` takes that many of a family's values, all if None: few are soon told apart.
     """
 
     max_facts: int
@@ -97,6 +98,7 @@ class TrainingMix:
     untold_share: float = 0.2
     foreign_value_share: float = 0.2
     questions: int = 6
+    values: int | None = None
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ def _training_value(
     rng: random.Random, slot: Slot, mix: TrainingMix, other_than: str | None = None
 ) -> str:
     foreign = rng.random() < mix.foreign_value_share
-    values = _FOREIGN_VALUES[slot.noun] if foreign else _VALUES[slot.noun, "train"]
+    values = _FOREIGN_VALUES[slot.noun] if foreign else _VALUES[slot.noun, "train"][: mix.values]
     return rng.choice([value for value in values if value != other_than])
 
 

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
-from deltamem_vllm.config import DeltaMemConfig
+from deltamem_vllm.config import DeltaMemConfig, WriteGranularity
 from deltamem_vllm.demo.tokenizer import build_tokenizer, save_tokenizer
 from deltamem_vllm.training.adapter_trainer import AdapterTraining, train_adapter
 from deltamem_vllm.training.attached import AttachedMemory, attach
@@ -53,7 +53,7 @@ class AdapterPlan:
     seed: int = 0
 
 
-def _config(state_heads: int) -> DeltaMemConfig:
+def _config(state_heads: int, written: WriteGranularity = "token") -> DeltaMemConfig:
     """Rank 8 on q and o. `no_lambda` keeps what a write does not replace: under the standard rule
     each write fades the rows it touches, and a second fact was hardly ever learned."""
     return DeltaMemConfig(
@@ -66,6 +66,7 @@ def _config(state_heads: int) -> DeltaMemConfig:
         # Output weights of standard deviation 0.3; at 0.05 learning is far slower.
         online_gain=1.47 * state_heads**0.5,
         beta_bias_init=-1.0,
+        memory_write_granularity=written,
     )
 
 
@@ -136,6 +137,46 @@ def _generalising(
     )
 
 
+def _in_one_go(
+    steps: int,
+    seed: int,
+    values: int | None = None,
+    max_facts: int = 1,
+    untold: float = 0.0,
+    learning_rate: float = 1e-2,
+    final_share: float = 0.3,
+) -> Stage:
+    """For an adapter that writes messages: few values at first, histories written in one go.
+
+    In the mean of a message's tokens a value is a tenth. Among all values the loss stays at that of
+    guessing for hundreds of steps; two are told apart within 150, and from there more are learned.
+    Where half of the histories were written turn by turn, with replies token by token, a step took
+    several times as long and taught far less.
+    """
+    return Stage(
+        AdapterData(
+            steps=steps,
+            max_facts=max_facts,
+            hold_share=0.0,
+            ramp_end=0.01,
+            overwrite_share=0.0,
+            untold_share=untold,
+            foreign_value_share=0.0,
+            values=values,
+            modes=(1, 0, 0),
+            seed=seed,
+        ),
+        AdapterTraining(
+            steps=steps,
+            learning_rate=learning_rate,
+            final_share=final_share,
+            reply_share=0.0,
+            writing_questions_share=0.0,
+            seed=seed,
+        ),
+    )
+
+
 ADAPTERS = {
     "tsw": AdapterPlan(
         _config(1),
@@ -155,6 +196,18 @@ ADAPTERS = {
             ),
             _generalising(1500, 14, learning_rate=5e-3, overwrite=0.3, seed=3),
             _generalising(600, 14, learning_rate=4e-3, overwrite=0.4, seed=4),
+        ),
+    ),
+    "ssw": AdapterPlan(
+        _config(1, "message_mean"),
+        (
+            _in_one_go(350, seed=0, values=2),
+            _in_one_go(250, seed=1, values=8),
+            _in_one_go(1000, seed=2),
+            _in_one_go(700, seed=3, max_facts=2, untold=0.2, learning_rate=5e-3, final_share=0.05),
+            _in_one_go(700, seed=4, max_facts=2, untold=0.2, final_share=0.03),
+            _in_one_go(400, seed=5, values=3, max_facts=4, untold=0.1),
+            _in_one_go(800, seed=6, max_facts=4, untold=0.2, final_share=0.03),
         ),
     ),
 }

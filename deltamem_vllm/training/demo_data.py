@@ -21,7 +21,8 @@ WRITE_MODES: tuple[WriteMode, ...] = ("joint", "turns", "pending")
 class AdapterData:
     """The adapter's stream of conversations: a curriculum from one to `max_facts` facts.
 
-    One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`.
+    One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`. `values`
+    is how many values a family has (None: all), `modes` how often each of `WRITE_MODES` writes.
     """
 
     steps: int
@@ -33,6 +34,8 @@ class AdapterData:
     untold_share: float = 0.25
     foreign_value_share: float = 0.1
     questions: int = 6
+    values: int | None = None
+    modes: tuple[int, ...] = (2, 1, 1)
     seed: int = 0
 
     def mix(self, step: int) -> TrainingMix:
@@ -45,6 +48,7 @@ class AdapterData:
             untold_share=self.untold_share,
             foreign_value_share=self.foreign_value_share,
             questions=self.questions,
+            values=self.values,
         )
 
 
@@ -129,7 +133,7 @@ def adapter_batches(data: AdapterData, encoder: ChatEncoder) -> Iterator[Adapter
         if not waiting:
             waiting = similar_batches(rng, data.mix(step), data.batch)
         conversations = waiting.pop()
-        modes = rng.choices(WRITE_MODES, weights=(2, 1, 1), k=len(conversations))
+        modes = rng.choices(WRITE_MODES, weights=data.modes, k=len(conversations))
         yield encode_batch(conversations, encoder, modes)
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import BackboneShape, load_adapter
-from deltamem_vllm.demo.assets import DEMO_ADAPTERS, adapter_dir, model_dir
+from deltamem_vllm.demo.assets import DEMO_ADAPTERS, DemoAdapter, adapter_dir, model_dir
 from deltamem_vllm.demo.facts import TrainingMix, held_out_conversations, training_conversation
 from deltamem_vllm.training import demo
 from deltamem_vllm.training.adapter_trainer import (
@@ -23,7 +23,7 @@ from deltamem_vllm.training.attached import AttachedMemory, attach
 from deltamem_vllm.training.backbone import pack, packed_loss
 from deltamem_vllm.training.demo_data import WRITE_MODES, WriteMode, encode_batch, encode_history
 from deltamem_vllm.training.encoding import ChatEncoder, weighted_loss
-from deltamem_vllm.training.evaluate import exact_matches
+from deltamem_vllm.training.evaluate import Condition, exact_matches
 
 TOLERANCE = 1e-4
 
@@ -136,17 +136,21 @@ def test_training_lowers_the_loss_and_leaves_the_backbone(
     assert all(torch.equal(tensor, frozen[name]) for name, tensor in model.state_dict().items())
 
 
-def test_the_shipped_adapter_answers_from_the_state_alone(
-    model: Qwen3ForCausalLM, encoder: ChatEncoder
+@pytest.mark.parametrize(
+    ("name", "facts", "own"),
+    [("tsw", 2, "memory"), ("msw", 2, "memory"), ("ssw", 1, "memory, one go")],
+)
+def test_the_shipped_adapters_answer_from_the_state_alone(
+    model: Qwen3ForCausalLM, encoder: ChatEncoder, name: DemoAdapter, facts: int, own: Condition
 ) -> None:
-    memory = attach(model, load_adapter(adapter_dir("msw")))
-    conversations = held_out_conversations(60, 2)
+    memory = attach(model, load_adapter(adapter_dir(name)))
+    conversations = held_out_conversations(60, facts)
     shares = {
         condition: sum(exact_matches(model, memory, encoder, conversations, condition)) / 60
-        for condition in ("memory", "another's memory", "nothing")
+        for condition in (own, "another's memory", "nothing")
     }
     memory.detach()
-    assert shares["memory"] > 0.6
+    assert shares[own] > 0.6
     assert shares["another's memory"] < 0.2
     assert shares["nothing"] == 0.0
 

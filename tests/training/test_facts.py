@@ -33,6 +33,17 @@ def test_training_conversations_tell_only_pairs_of_the_train_split() -> None:
             assert value in text
 
 
+def test_of_few_values_the_same_few_are_told() -> None:
+    rng, mix = random.Random(6), TrainingMix(max_facts=4, values=2, foreign_value_share=0.0)
+    told: dict[str, set[str]] = {}
+    for _ in range(500):
+        for noun, value in training_conversation(rng, mix).facts:
+            assert split_of(SLOT_BY_NOUN[noun], value) == "train"
+            told.setdefault(noun, set()).add(value)
+    assert set(told) == set(SLOT_BY_NOUN)
+    assert {len(values) for values in told.values()} == {2}
+
+
 @pytest.mark.parametrize("split", ["validation", "test"])
 @pytest.mark.parametrize("kind", ["told", "overwritten"])
 def test_asked_pairs_are_of_their_split_and_told_last(

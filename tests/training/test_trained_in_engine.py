@@ -10,10 +10,10 @@ from vllm import SamplingParams
 
 from benchmarks.conditions import answers, write
 from benchmarks.recall import WAYS, engine
-from benchmarks.recall_groups import Group, cases_of
+from benchmarks.recall_groups import Group, GroupKind, cases_of
 from deltamem_vllm import Memory, MemoryLLM
 from deltamem_vllm.adapter import load_adapter
-from deltamem_vllm.demo.assets import adapter_dir, model_dir
+from deltamem_vllm.demo.assets import DemoAdapter, adapter_dir, model_dir
 from deltamem_vllm.training.adapter_trainer import ask_questions, collate, write_histories
 from deltamem_vllm.training.attached import attach
 from deltamem_vllm.training.chat_encoding import TemplateEncoder
@@ -101,13 +101,19 @@ def test_a_written_adapter_reads_out_in_the_engine_what_training_computed(
         assert (found - unmoved[row, last]).abs().max() > 100 * LOGPROB_TOLERANCE
 
 
-def test_recall_through_the_engine_equals_that_of_the_training_code() -> None:
+@pytest.mark.parametrize(
+    ("name", "facts", "kinds", "least"),
+    [("msw", 4, ("told", "overwritten", "untold"), 0.6), ("ssw", 1, ("told", "untold"), 0.5)],
+)
+def test_recall_through_the_engine_equals_that_of_the_training_code(
+    name: DemoAdapter, facts: int, kinds: tuple[GroupKind, ...], least: float
+) -> None:
     """On the same questions; a near tie of two tokens may fall either way in one of a hundred."""
     model = Qwen3ForCausalLM.from_pretrained(model_dir(), dtype=torch.float32).eval()
     encoder = ChatEncoder(AutoTokenizer.from_pretrained(model_dir()))
-    memory = attach(model, load_adapter(adapter_dir("msw")))
-    groups, count = [Group("told", 4), Group("overwritten", 4), Group("untold", 4)], 100
-    with running(engine("msw")) as llm:
+    memory = attach(model, load_adapter(adapter_dir(name)))
+    groups, count = [Group(kind, facts) for kind in kinds], 100
+    with running(engine(name)) as llm:
         for group in groups:
             cases, expected = cases_of(group, count, seed=7)
             by_training = exact_matches(
@@ -118,4 +124,4 @@ def test_recall_through_the_engine_equals_that_of_the_training_code() -> None:
             by_engine = [reply == answer for reply, answer in zip(replies, expected, strict=True)]
             different = sum(a != b for a, b in zip(by_engine, by_training, strict=True))
             assert different <= 1, group.name
-            assert sum(by_engine) > 0.6 * count
+            assert sum(by_engine) > least * count
