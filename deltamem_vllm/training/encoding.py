@@ -113,8 +113,8 @@ class ChatEncoder:
 
 
 def pad_rows(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype) -> Tensor:
-    """Right-pads rows to one length. Returns [len(rows), longest]."""
-    longest = max(len(row) for row in rows)
+    """Right-pads rows to one length, of at least 1. Returns [len(rows), longest]."""
+    longest = max(1, *map(len, rows))
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=dtype)
 
 

@@ -138,7 +138,12 @@ def test_training_lowers_the_loss_and_leaves_the_backbone(
 
 @pytest.mark.parametrize(
     ("name", "facts", "own"),
-    [("tsw", 2, "memory"), ("msw", 2, "memory"), ("ssw", 1, "memory, one go")],
+    [
+        ("tsw", 2, "memory"),
+        ("msw", 2, "memory"),
+        ("ssw", 1, "memory"),
+        ("ssw", 1, "memory, one go"),
+    ],
 )
 def test_the_shipped_adapters_answer_from_the_state_alone(
     model: Qwen3ForCausalLM, encoder: ChatEncoder, name: DemoAdapter, facts: int, own: Condition

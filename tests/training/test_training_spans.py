@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import Adapter, load_adapter, save_adapter
 from deltamem_vllm.demo.assets import adapter_dir, model_dir
-from deltamem_vllm.demo.facts import TrainingMix, training_conversation
+from deltamem_vllm.demo.facts import Conversation, TrainingMix, question, training_conversation
+from deltamem_vllm.demo.vocabulary import SLOTS
 from deltamem_vllm.training.adapter_trainer import (
     AdapterTraining,
     ask_questions,
@@ -92,6 +93,22 @@ def test_a_batch_writes_what_the_engine_writes(adapter: Path, mode: WriteMode) -
                     torch.log_softmax(logits, -1), answer.logprobs, atol=2e-3, rtol=TOLERANCE
                 )
     memory.detach()
+
+
+def test_a_batch_that_tells_nothing_leaves_the_memory_empty(adapter: Path) -> None:
+    """Batches are of similar length, so all of a batch's conversations may be without a message."""
+    model = Qwen3ForCausalLM.from_pretrained(model_dir(), dtype=torch.float32).eval()
+    encoder = ChatEncoder(AutoTokenizer.from_pretrained(model_dir()))
+    memory = attach(model, load_adapter(adapter))
+    asked = question(random.Random(0), SLOTS[0], None, "untold")
+    nothing = [Conversation((), (asked,), ()) for _ in WRITE_MODES]
+    batch = encode_batch(nothing, encoder, WRITE_MODES)
+    with torch.no_grad():
+        write_histories(model, memory, batch)
+        assert memory.states
+        assert all(not state.any() for state in memory.states.values())
+        answers = ask_questions(model, memory, batch)
+    assert answers.isfinite().all()
 
 
 def test_what_is_written_by_messages_can_be_learned_by_heart(adapter: Path) -> None:
