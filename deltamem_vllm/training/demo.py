@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from deltamem_vllm.adapter import load_adapter, save_adapter
 from deltamem_vllm.config import DeltaMemConfig, WriteGranularity
+from deltamem_vllm.demo.facts import Kind, held_out_conversations
 from deltamem_vllm.demo.tokenizer import build_tokenizer, save_tokenizer
 from deltamem_vllm.training.adapter_trainer import AdapterTraining, train_adapter
 from deltamem_vllm.training.attached import AttachedMemory, attach
@@ -27,10 +29,13 @@ from deltamem_vllm.training.backbone import (
 )
 from deltamem_vllm.training.demo_data import AdapterData, adapter_batches
 from deltamem_vllm.training.encoding import ChatEncoder
-from deltamem_vllm.training.evaluate import Score, evaluate, table
+from deltamem_vllm.training.evaluate import Score, evaluate, exact_matches, table
 
 VOCABULARY = 1300
 """The least at which every value of the demo is one token."""
+
+LEARNED = 0.98
+"""Share of validation answers, from the full history, at which the backbone is done."""
 
 QUICK_STEPS = 4
 """Of each part, and conversations per cell, where only the way is tried."""
@@ -250,8 +255,17 @@ def make_backbone(directory: Path, plan: BackboneTraining) -> None:
     save_tokenizer(tokenizer, directory)
     encoder = ChatEncoder(tokenizer)
     config = backbone_config(len(tokenizer), encoder.pad, encoder.end)
-    model = train_backbone(encoder, config, plan, lambda m, _: save_backbone(m, directory))
-    save_backbone(model, directory)
+    kinds: tuple[Kind, ...] = ("told", "overwritten")
+    asked = [c for kind in kinds for c in held_out_conversations(100, 4, kind, "validation")]
+
+    def is_done(model: Qwen3ForCausalLM) -> bool:
+        save_backbone(model, directory)
+        right = exact_matches(model.eval(), None, encoder, asked, "full history")
+        model.train()
+        tqdm.write(f"of 4 facts in the prompt {sum(right) / len(right):.3f} are answered")
+        return sum(right) >= LEARNED * len(right)
+
+    save_backbone(train_backbone(encoder, config, plan, is_done), directory)
 
 
 def make_adapter(backbone: Path, directory: Path, plan: AdapterPlan) -> None:
@@ -300,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     out: Path = options.out
-    backbone = BackboneTraining(stop_after=QUICK_STEPS) if options.quick else BackboneTraining()
+    backbone = BackboneTraining(steps=QUICK_STEPS) if options.quick else BackboneTraining()
     if "backbone" in options.only:
         make_backbone(out / "model", backbone)
     for name, plan in ADAPTERS.items():
