@@ -205,6 +205,7 @@ def test_command_prints_json() -> None:
         (["--gpu", "l4", "--gpu-memory", "0"], "--gpu-memory: "),
         (["--gpu", "l4", "--tflops", "0"], "--tflops: "),
         (["--gpu", "l4", "--gb-per-s", "inf"], "--gb-per-s: "),
+        (["--gpu", "l4", "--overhead", "inf"], "--overhead: "),
         (["--gpu", "l4", "--tensor-parallel-size", "3"], "--tensor-parallel-size 3: "),
         (["--gpu", "l4", "--plot", "no/such/folder/plan.svg"], "--plot no/such/folder/plan.svg: "),
     ],
