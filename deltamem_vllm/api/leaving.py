@@ -1,7 +1,6 @@
 """Requests whose client left end, whoever tells of it."""
 
 import asyncio
-from functools import partial
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,28 +25,42 @@ class CancelledMeansLeft:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        left = asyncio.Event()
-        running = asyncio.ensure_future(self._app(scope, partial(_heard, receive, left), send))
+        client = _Client(receive, send)
+        running = asyncio.ensure_future(self._app(scope, client.receive, client.send))
         try:
-            await asyncio.shield(running)
+            # Not a shield: from Python 3.14 on it logs what the app raises once nobody waits.
+            await asyncio.wait([running])
         except asyncio.CancelledError:
-            left.set()
+            client.left.set()
             ending = asyncio.create_task(_end(running))
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
             raise
+        running.result()
 
 
-async def _heard(receive: Receive, left: asyncio.Event) -> Message:
-    """The server's next message, or that the client left."""
-    receiving = asyncio.ensure_future(receive())
-    leaving = asyncio.ensure_future(left.wait())
-    try:
-        await asyncio.wait([receiving, leaving], return_when=asyncio.FIRST_COMPLETED)
-        return receiving.result() if receiving.done() else {"type": "http.disconnect"}
-    finally:
-        receiving.cancel()
-        leaving.cancel()
+class _Client:
+    """A request's two ends, until its client left."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self.left = asyncio.Event()
+
+    async def receive(self) -> Message:
+        """The server's next message, or that the client left."""
+        receiving = asyncio.ensure_future(self._receive())
+        leaving = asyncio.ensure_future(self.left.wait())
+        try:
+            await asyncio.wait([receiving, leaving], return_when=asyncio.FIRST_COMPLETED)
+            return receiving.result() if receiving.done() else {"type": "http.disconnect"}
+        finally:
+            receiving.cancel()
+            leaving.cancel()
+
+    async def send(self, message: Message) -> None:
+        """Dropped once the client left: whoever cancelled the request may have answered it."""
+        if not self.left.is_set():
+            await self._send(message)
 
 
 async def _end(running: "asyncio.Future[None]") -> None:

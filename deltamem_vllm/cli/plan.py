@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from deltamem_vllm.planning import Backbone, Machine, MemoryShape, Plan, Way, Workload
 
 GIB = 1 << 30
-FLAGS = {"memory_bytes": "gpu_memory", "utilization": "gpu_memory_utilization"}
+FLAGS = {
+    "memory_bytes": "gpu_memory",
+    "utilization": "gpu_memory_utilization",
+    "overhead_bytes": "overhead",
+}
 """Fields whose flags are called otherwise."""
 
 PREFILL_SHARE, DECODE_SHARE = 0.5, 0.7

@@ -28,7 +28,7 @@ from deltamem_vllm.planning.workload import Workload
 WayName = Literal["full_cold", "full_warm", "window", "memory"]
 
 STATE_ACCESSES: Final = 2
-"""A decoded token's states are read and written."""
+"""A decoded token's states are read and written, on each GPU."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class _Planner:
         rest = 0
         if name == "full_warm":
             warm = at_once
-            rest = (total - shared) * self.block_size * self.backbone.kv_bytes_per_token
+            rest = (total - shared) * self.block_size * self._kv_bytes
         if with_memory:
             rest = self.session
         return Way(
@@ -218,6 +218,11 @@ class _Planner:
             replicas=work.turns_per_second * seconds,
             price_per_1000_turns=1000 * seconds * machine.price_per_hour / 3600,
         )
+
+    @property
+    def _kv_bytes(self) -> int:
+        """Keys and values of a token, of all GPUs: more GPUs than key heads hold copies."""
+        return self.block.keys_values // self.block_size * self.machine.gpus
 
     def _whole(self, tokens: int) -> int:
         """Tokens of the whole blocks of a beginning: what a prefix cache can give back."""
@@ -239,16 +244,16 @@ class _Planner:
     def _prefill_s(self, computed: int, cached: int, with_memory: bool, *, alone: bool) -> float:
         """Seconds of a prompt; the weights are read for it only where it is alone in its steps."""
         operations = self._operations(computed, 1, computed * (cached + computed / 2), with_memory)
-        read = cached * self.backbone.kv_bytes_per_token
+        read = cached * self._kv_bytes
         if alone:
             read += self.backbone.weight_bytes
         return self._seconds(operations, read)
 
     def _decode_s(self, batch: int, context: float, with_memory: bool) -> float:
         """Seconds of a step of `batch` requests."""
-        each = context * self.backbone.kv_bytes_per_token
+        each = context * self._kv_bytes
         if with_memory:
-            each += STATE_ACCESSES * self.memory.state_bytes
+            each += STATE_ACCESSES * self.memory.state_bytes * self.machine.gpus
         operations = self._operations(batch, batch, batch * context, with_memory)
         return self._seconds(operations, self.backbone.weight_bytes + batch * each)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from deltamem_vllm.adapter.backbone import read_base_config
@@ -36,8 +37,9 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise BackboneError(f"{folder}: its tokenizer cannot be loaded ({first})") from None
+        raise BackboneError(
+            f"{folder}: its tokenizer cannot be loaded ({_first_line(error)})"
+        ) from None
 
 
 def load_backbone(folder: Path, dtype: Dtype, asked: Device) -> PreTrainedModel:
@@ -53,8 +55,14 @@ def load_backbone(folder: Path, dtype: Dtype, asked: Device) -> PreTrainedModel:
     device = "cuda" if has_gpu and asked != "cpu" else "cpu"
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (ValueError, KeyError, OSError) as error:
-        first = str(error).splitlines()[0]
-        raise BackboneError(f"{folder}: transformers cannot load it ({first})") from None
+    # Of files that were cut, or are pointers to others; of weights in other shapes.
+    except (ValueError, KeyError, OSError, SafetensorError, RuntimeError) as error:
+        raise BackboneError(
+            f"{folder}: transformers cannot load it ({_first_line(error)})"
+        ) from None
     moved: PreTrainedModel = model.to(device)
     return moved
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -45,6 +45,16 @@ def test_a_turn_with_memory_does_not_depend_on_the_history() -> None:
     assert long.turns_at_once == short.turns_at_once
 
 
+def test_more_gpus_than_key_heads_keep_and_read_copies() -> None:
+    # The model has two.
+    two, four = (planned(machine(gpus=gpus)) for gpus in (2, 4))
+    assert four.block.keys_values == two.block.keys_values
+    assert four.way("full_warm").rest_bytes == 2 * two.way("full_warm").rest_bytes
+    slow = [planned(machine(gpus=gpus, gb_per_s=1e-3, max_requests=1)) for gpus in (1, 2, 4)]
+    one, two_s, four_s = (plan.way("full_cold").replica_s for plan in slow)
+    assert one == two_s < four_s
+
+
 def test_a_full_history_costs_more_than_in_proportion() -> None:
     short, long = (planned(machine(), history=length).way("full_cold") for length in (4096, 8192))
     assert long.first_token_s > 2 * short.first_token_s
@@ -205,6 +215,7 @@ def test_command_prints_json() -> None:
         (["--gpu", "l4", "--gpu-memory", "0"], "--gpu-memory: "),
         (["--gpu", "l4", "--tflops", "0"], "--tflops: "),
         (["--gpu", "l4", "--gb-per-s", "inf"], "--gb-per-s: "),
+        (["--gpu", "l4", "--overhead", "inf"], "--overhead: "),
         (["--gpu", "l4", "--tensor-parallel-size", "3"], "--tensor-parallel-size 3: "),
         (["--gpu", "l4", "--plot", "no/such/folder/plan.svg"], "--plot no/such/folder/plan.svg: "),
     ],

@@ -17,13 +17,14 @@ from deltamem_vllm.adapter import load_adapter
 from deltamem_vllm.cli import app
 from deltamem_vllm.demo.assets import model_dir
 from deltamem_vllm.demo.facts import Conversation
-from deltamem_vllm.errors import TrainingDataError, TrainingError
+from deltamem_vllm.errors import BackboneError, TrainingDataError, TrainingError
 from deltamem_vllm.training.chat_encoding import ChatMode, TemplateEncoder
 from deltamem_vllm.training.checkpoint import FOLDER
 from deltamem_vllm.training.checkpoint import load as load_checkpoint
 from deltamem_vllm.training.conversations import parse, read_conversations
 from deltamem_vllm.training.demo_data import encode_history
 from deltamem_vllm.training.encoding import ChatEncoder
+from deltamem_vllm.training.loading import load_backbone
 from deltamem_vllm.training.run import Outcome, TrainingRun
 from deltamem_vllm.training.settings import Strategy, TrainSettings, layer_list
 from tests.training.marked import conversations, marked, write_lines
@@ -316,6 +317,22 @@ def test_a_model_that_is_not_served_is_refused_by_its_architecture(
     result = command(*call)
     assert result.exit_code == 2
     assert result.stderr.startswith(f"error: {base}: its tokenizer cannot be loaded")
+
+
+def test_weights_that_are_damaged_or_of_another_shape_are_refused(tmp_path: Path) -> None:
+    for name, change in {
+        "cut": lambda base: (base / "model.safetensors").write_bytes(
+            (base / "model.safetensors").read_bytes()[:1000]
+        ),
+        "other": lambda base: (base / "config.json").write_text(
+            (base / "config.json").read_text().replace('"vocab_size": ', '"vocab_size": 1')
+        ),
+    }.items():
+        base = tmp_path / name
+        shutil.copytree(model_dir(), base)
+        change(base)
+        with pytest.raises(BackboneError, match=f"{base}: transformers cannot load it"):
+            load_backbone(base, "float32", "cpu")
 
 
 def test_held_out_conversations_that_are_learned_from_are_counted(
