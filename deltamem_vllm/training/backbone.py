@@ -37,6 +37,7 @@ class BackboneTraining:
     steps: int = 6500
     """At most. When it learns to copy differs by thousands of steps from one machine to another."""
 
+    look_every: int = 500
     batch: int = 8
     learning_rate: float = 2.5e-3
     final_share: float = 0.02
@@ -139,7 +140,6 @@ def train_backbone(
     config: Qwen3Config,
     plan: BackboneTraining,
     is_done: Callable[[Qwen3ForCausalLM], bool],
-    look_every: int = 500,
 ) -> Qwen3ForCausalLM:
     """Trains from random weights, until a look at the model finds that it is done."""
     model = initial_backbone(config, plan)
@@ -176,7 +176,7 @@ def train_backbone(
         schedule.step()
         smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
         progress.set_postfix(loss=f"{smooth:.3f}", facts=facts, refresh=False)
-        if (step + 1) % look_every == 0 and is_done(model):
+        if (step + 1) % plan.look_every == 0 and is_done(model):
             break
     return model.eval()
 

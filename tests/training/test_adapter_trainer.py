@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM
 from deltamem_vllm.adapter import BackboneShape, load_adapter
 from deltamem_vllm.demo.assets import DEMO_ADAPTERS, DemoAdapter, adapter_dir, model_dir
 from deltamem_vllm.demo.facts import TrainingMix, held_out_conversations, training_conversation
+from deltamem_vllm.errors import TrainingError
 from deltamem_vllm.training import demo
 from deltamem_vllm.training.adapter_trainer import (
     AdapterTraining,
@@ -20,7 +21,7 @@ from deltamem_vllm.training.adapter_trainer import (
     write_histories,
 )
 from deltamem_vllm.training.attached import AttachedMemory, attach
-from deltamem_vllm.training.backbone import pack, packed_loss
+from deltamem_vllm.training.backbone import BackboneTraining, pack, packed_loss
 from deltamem_vllm.training.demo_data import WRITE_MODES, WriteMode, encode_batch, encode_history
 from deltamem_vllm.training.encoding import ChatEncoder, weighted_loss
 from deltamem_vllm.training.evaluate import Condition, exact_matches
@@ -169,6 +170,12 @@ def test_the_demo_is_trained_by_one_command(tmp_path: Path) -> None:
         assert made.config == load_adapter(adapter_dir(name)).config
     scores = json.loads((tmp_path / "results.json").read_text())
     assert {score["adapter"] for score in scores} == {None, *DEMO_ADAPTERS}
+
+
+def test_no_adapter_is_trained_on_a_backbone_that_did_not_learn(tmp_path: Path) -> None:
+    plan = BackboneTraining(steps=2, look_every=1)
+    with pytest.raises(TrainingError, match="0.00 of the questions.*--seed"):
+        demo.make_backbone(tmp_path / "model", plan)
 
 
 def test_the_loss_of_a_bf16_backbone_is_not_rounded() -> None:
