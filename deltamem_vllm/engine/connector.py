@@ -329,7 +329,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
                 for layer in self._layers
             }
         elif save.num_tokens:
-            first_states = torch.from_numpy(self._first_states(save.before))
+            first_states = torch.from_numpy(self._first_states(save.before).copy())
             states = {
                 layer.layer_index: first_states[self._row_of(layer)] for layer in self._layers
             }
@@ -366,7 +366,7 @@ class DeltaMemConnector(KVConnectorBase_V1, SupportsHMA):
         shape = (len(self.adapter.layer_indices), *self.adapter.config.state_shape)
         if packed is None:
             return np.zeros(shape, np.float32)
-        return np.frombuffer(packed, np.float32).reshape(shape).copy()
+        return np.frombuffer(packed, np.float32).reshape(shape)
 
     def _row_of(self, layer: MemoryLayer) -> int:
         """Where a layer's state lies among the adapter's."""
