@@ -73,6 +73,7 @@ class AdapterBatch(NamedTuple):
     weights: Tensor
     question_ids: Tensor
     question_blocks: Tensor
+    question_written: Tensor
     question_weights: Tensor
     owner: Tensor
     plan: SpanPlan | None = None
@@ -127,6 +128,14 @@ def collate(histories: Sequence[EncodedHistory], pad: int) -> AdapterBatch:
         weights=pad_rows(weights, 0.0, torch.float32),
         question_ids=pad_rows(question_rows, pad, torch.long),
         question_blocks=pad_rows([[0] * len(r) for r in question_rows], IGNORED_BLOCK, torch.long),
+        question_written=pad_rows(
+            [
+                [place >= q.shown for place in range(len(row))]
+                for (_, q), row in zip(questions, question_rows, strict=True)
+            ],
+            False,
+            torch.bool,
+        ),
         question_weights=pad_rows(
             [[0.0] * len(q.prompt) + q.weights for _, q in questions], 0.0, torch.float32
         ),
@@ -169,11 +178,12 @@ def ask_questions(
     states = memory.states
     memory.load_states({layer: state[batch.owner] for layer, state in states.items()})
     memory.write_enabled = writes
+    memory.token_mask = batch.question_written
     memory.spans = batch.question_plan if memory.writes_spans else None
     ids = batch.question_ids
     positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     hidden = _hidden(model, ids, positions, batch.question_blocks)
-    memory.spans = None
+    memory.token_mask = memory.spans = None
     memory.load_states(states)
     return hidden
 

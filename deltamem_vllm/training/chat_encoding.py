@@ -6,11 +6,12 @@ and then cut into segments, as an ingest is.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from deltamem_vllm.api.boundaries import common_prefix, split_boundary
+from deltamem_vllm.api.boundaries import common_prefix, num_standing, split_boundary
 from deltamem_vllm.api.spans import SpanFinder
 from deltamem_vllm.config import WriteGranularity
 from deltamem_vllm.errors import DeltaMemError, TrainingDataError
@@ -73,15 +74,19 @@ class TemplateEncoder:
         self.pad = int(pad)
         """Stands where a row of a batch has no token; is never read."""
 
-    def history(self, conversation: MarkedConversation, mode: ChatMode) -> EncodedHistory:
+    def history(
+        self, conversation: MarkedConversation, mode: ChatMode, window: int = 0
+    ) -> EncodedHistory:
         """A conversation for writing in one of the modes, and its questions for asking.
+
+        The last `window` turns stand in front of each question as text.
 
         Raises:
             TrainingDataError: it cannot be rendered, or written in segments of this size; the
                 message names file and line.
         """
         try:
-            return self._history(conversation, mode)
+            return self._history(conversation, mode, window)
         except TrainingDataError as error:
             raise TrainingDataError(f"{conversation.where}: {error}") from None
         except Exception as error:  # a template may fail in any way
@@ -90,10 +95,12 @@ class TemplateEncoder:
                 f"{conversation.where}: the chat template cannot render it ({kind}{error})"
             ) from None
 
-    def _history(self, conversation: MarkedConversation, mode: ChatMode) -> EncodedHistory:
-        system = conversation.system
+    def _history(
+        self, conversation: MarkedConversation, mode: ChatMode, window: int
+    ) -> EncodedHistory:
+        system, turns = conversation.system, list(conversation.turns())
         whole = [*system, *conversation.history]
-        parts = [whole] if mode == "joint" else [[*system, *t] for t in conversation.turns()]
+        parts = [whole] if mode == "joint" else [[*system, *turn] for turn in turns]
         chunks: list[list[int]] = []
         weights: list[list[float]] = []
         silent: list[int] = []
@@ -108,7 +115,8 @@ class TemplateEncoder:
                 weights.append(rendered.weights[begin:end])
                 spans = [(a - begin, b - begin) for a, b in rendered.spans if begin <= a < end]
                 layout.together(end - begin, spans)
-        questions = [self._question(system, *pair) for pair in conversation.questions]
+        shown = [*system, *chain(*turns[max(0, len(turns) - window) :])]
+        questions = [self._question(shown, *pair) for pair in conversation.questions]
         return EncodedHistory(
             chunks, weights, questions, layout if self._finder else None, tuple(silent)
         )
@@ -123,18 +131,22 @@ class TemplateEncoder:
                 end = common_prefix(after, tokens)
                 if common_prefix(before, tokens) == len(before) and end > len(before):
                     weights[len(before) : end] = [1.0] * (end - len(before))
-        return _Rendered(tokens, weights, self._spans(messages), self._silent(messages, tokens))
+        system = next((at for at, one in enumerate(messages) if one.role != "system"), 0)
+        silent = self._boundary(messages, system, tokens, add_generation_prompt=False)
+        return _Rendered(tokens, weights, self._spans(messages), silent)
 
-    def _silent(self, messages: Messages, tokens: Sequence[int]) -> int:
-        """How many tokens come before the first message that is not the system's."""
-        first = next((at for at, one in enumerate(messages) if one.role != "system"), 0)
+    def _boundary(
+        self, messages: Messages, count: int, tokens: Sequence[int], add_generation_prompt: bool
+    ) -> int:
+        """How many tokens of the rendered messages are those of the first `count`."""
         dicts = [message.as_dict() for message in messages]
+        system = num_standing(dicts[:count])
         return split_boundary(
             self._render_dicts,
-            dicts[:first],
-            (),
-            dicts[first:],
-            add_generation_prompt=False,
+            dicts[:system],
+            dicts[system:count],
+            dicts[count:],
+            add_generation_prompt=add_generation_prompt,
             prompt=tokens,
         )
 
@@ -171,10 +183,11 @@ class TemplateEncoder:
         return [*cuts, (begin, length)]
 
     def _question(
-        self, system: Messages, asked: TrainingMessage, answer: TrainingMessage
+        self, shown: Messages, asked: TrainingMessage, answer: TrainingMessage
     ) -> EncodedAnswer:
-        prompt = self._render([*system, asked], add_generation_prompt=True)
-        text = self._text([*system, asked, answer])
+        prompt = self._render([*shown, asked], add_generation_prompt=True)
+        boundary = self._boundary([*shown, asked], len(shown), prompt, add_generation_prompt=True)
+        text = self._text([*shown, asked, answer])
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         tokens = list(encoded["input_ids"])
         if tokens[: len(prompt)] != prompt:
@@ -194,9 +207,10 @@ class TemplateEncoder:
         layout = None
         if self._finder is not None:
             layout = SpanLayout()
-            layout.together(len(prompt), self._spans([*system, asked]))
+            spans = [span for span in self._spans([*shown, asked]) if span[0] >= boundary]
+            layout.together(len(prompt), spans)
             layout.one_by_one(end - len(prompt))
-        return EncodedAnswer(prompt, tokens[len(prompt) : end], weights, layout)
+        return EncodedAnswer(prompt, tokens[len(prompt) : end], weights, layout, boundary)
 
     def _end_of_reply(self, tokens: Sequence[int], start: int) -> int:
         """Behind the reply's own last token: what the template puts after it is never sampled."""

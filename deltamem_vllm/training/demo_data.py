@@ -23,6 +23,8 @@ class AdapterData:
 
     One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`. `values`
     is how many values a family has (None: all), `modes` how often each of `WRITE_MODES` writes.
+    Questions of `window_share` of the histories come with the last one or two turns in their
+    prompt, as folding shows them.
     """
 
     steps: int
@@ -36,6 +38,7 @@ class AdapterData:
     questions: int = 6
     values: int | None = None
     modes: tuple[int, ...] = (2, 1, 1)
+    window_share: float = 0.0
     seed: int = 0
 
     def mix(self, step: int) -> TrainingMix:
@@ -53,13 +56,17 @@ class AdapterData:
 
 
 def encode_history(
-    conversation: Conversation, encoder: ChatEncoder, mode: WriteMode
+    conversation: Conversation, encoder: ChatEncoder, mode: WriteMode, window: int = 0
 ) -> EncodedHistory:
-    """Renders a conversation for writing in one of the modes, and its questions for asking."""
+    """Renders a conversation for writing in one of the modes, and its questions for asking.
+
+    The last `window` turns stand in front of each question as text.
+    """
     chunks, weights, turns = [], [], list(conversation.turns())
     for turn in turns:
         chunks.append([token for m in turn for token in encoder.message(m)])
         weights.append([w for m in turn for w in encoder.reply_weights(m)])
+    shown = list(chain(*chunks[max(0, len(chunks) - window) :]))
     questions = [_written(encoder.question(q), pending=0) for q in conversation.questions]
     layout = SpanLayout()
     if mode == "joint" and chunks:
@@ -76,6 +83,11 @@ def encode_history(
         questions = [
             _written(EncodedAnswer([encoder.end, *q.prompt], q.answer, q.weights), pending=1)
             for q in questions
+        ]
+    if shown:
+        asked = map(encoder.question, conversation.questions)
+        questions = [
+            replace(each, prompt=[*shown, *each.prompt], shown=len(shown)) for each in asked
         ]
     return EncodedHistory(chunks, weights, questions, layout)
 
@@ -118,11 +130,16 @@ def _written(question: EncodedAnswer, pending: int) -> EncodedAnswer:
 
 
 def encode_batch(
-    conversations: Sequence[Conversation], encoder: ChatEncoder, modes: Sequence[WriteMode]
+    conversations: Sequence[Conversation],
+    encoder: ChatEncoder,
+    modes: Sequence[WriteMode],
+    windows: Sequence[int] | None = None,
 ) -> AdapterBatch:
-    """One batch; `modes[i]` is how conversation i is written."""
-    pairs = zip(conversations, modes, strict=True)
-    return collate([encode_history(c, encoder, mode) for c, mode in pairs], encoder.pad)
+    """One batch; `modes[i]` is how conversation i is written, `windows[i]` the turns shown."""
+    rows = zip(conversations, modes, windows or [0] * len(modes), strict=True)
+    return collate(
+        [encode_history(c, encoder, mode, shown) for c, mode, shown in rows], encoder.pad
+    )
 
 
 def adapter_batches(data: AdapterData, encoder: ChatEncoder) -> Iterator[AdapterBatch]:
@@ -134,7 +151,11 @@ def adapter_batches(data: AdapterData, encoder: ChatEncoder) -> Iterator[Adapter
             waiting = similar_batches(rng, data.mix(step), data.batch)
         conversations = waiting.pop()
         modes = rng.choices(WRITE_MODES, weights=data.modes, k=len(conversations))
-        yield encode_batch(conversations, encoder, modes)
+        windows = None
+        if data.window_share:
+            chances = (1 - data.window_share, data.window_share / 2, data.window_share / 2)
+            windows = rng.choices((0, 1, 2), weights=chances, k=len(conversations))
+        yield encode_batch(conversations, encoder, modes, windows)
 
 
 def similar_batches(rng: random.Random, mix: TrainingMix, batch: int) -> list[list[Conversation]]:

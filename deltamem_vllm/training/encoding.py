@@ -57,14 +57,16 @@ class SpanLayout:
 class EncodedAnswer:
     """A question's prompt and its expected reply.
 
-    `weights[i]` is the loss weight of `answer[i]`; the reply ends with the end-of-turn token.
-    `layout` says how prompt and reply are written, where they are and the adapter writes by spans.
+    `weights[i]` is the loss weight of `answer[i]`; the reply ends with the end-of-turn token. The
+    prompt's first `shown` tokens are read and never written: a window, a system message. `layout`
+    says how prompt and reply are written, where they are and the adapter writes by spans.
     """
 
     prompt: list[int]
     answer: list[int]
     weights: list[float]
     layout: SpanLayout | None = None
+    shown: int = 0
 
 
 class ChatEncoder:

@@ -90,18 +90,18 @@ class TrainingRun:
             torch.set_num_threads(settings.threads)
         config = settings.adapter_config()
         training, held_out = split(settings)
-        checkpoint.make_folder(settings.out)
         folder = resolve_base_dir(settings.model)
         check_architecture(folder)
-        backbone = checkpoint_digests(folder)
-        if kept is not None:
-            _refuse_other_backbone(settings, kept.state.backbone, backbone)
         shape = BackboneShape.from_dir(folder)
         if config.target_layers and max(config.target_layers) >= shape.num_layers:
             raise BackboneError(
                 f"--layers {settings.layers!r}: the base has {shape.num_layers} layers, 0 to "
                 f"{shape.num_layers - 1}"
             )
+        checkpoint.make_folder(settings.out)
+        backbone = checkpoint_digests(folder)
+        if kept is not None:
+            _refuse_other_backbone(settings, kept.state.backbone, backbone)
         self._encoder = TemplateEncoder(
             load_tokenizer(folder),
             config.memory_write_granularity,
@@ -272,8 +272,13 @@ class TrainingRun:
     def _encoded(self, conversations: Sequence[MarkedConversation]) -> list[Encoded]:
         asked = self._settings.history
         modes: tuple[ChatMode, ...] = ("joint", "turns") if asked == "mixed" else (asked,)
-        bar = tqdm(conversations, desc="encoding", unit="conversation", leave=False)
-        return [{mode: self._encoder.history(one, mode) for mode in modes} for one in bar]
+        chance = random.Random(f"{self._settings.seed}/windows")
+        found = []
+        for one in tqdm(conversations, desc="encoding", unit="conversation", leave=False):
+            beside = chance.random() < self._settings.window_share
+            window = chance.randint(1, self._settings.window_turns) if beside else 0
+            found.append({mode: self._encoder.history(one, mode, window) for mode in modes})
+        return found
 
 
 @contextmanager

@@ -311,6 +311,7 @@ def test_a_model_that_is_not_served_is_refused_by_its_architecture(
         json.dumps({**config, "architectures": ["MixtralForCausalLM"]})
     )
     assert "MixtralForCausalLM" in command(*call).stderr
+    assert not (tmp_path / "out").exists()
     (base / "model.safetensors").write_bytes((model_dir() / "model.safetensors").read_bytes())
     llama = {**config, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     (base / "config.json").write_text(json.dumps(llama))
@@ -358,31 +359,54 @@ def encoder_of(granularity: Any, segment_tokens: int = 2048) -> TemplateEncoder:
     return TemplateEncoder(tokenizer, granularity, segment_tokens, value_weight=4.0)
 
 
-def same_by_hand(conversation: Conversation, mode: ChatMode) -> None:
+def same_by_hand(conversation: Conversation, mode: ChatMode, window: int) -> None:
     line = json.dumps(marked(conversation)).encode()
-    ours = encoder_of("message_mean").history(parse(line, "here"), mode)
+    ours = encoder_of("message_mean").history(parse(line, "here"), mode, window)
     by_hand = encode_history(
-        conversation, ChatEncoder(AutoTokenizer.from_pretrained(model_dir())), mode
+        conversation, ChatEncoder(AutoTokenizer.from_pretrained(model_dir())), mode, window
     )
     assert ours.chunks == by_hand.chunks
     assert ours.layout == by_hand.layout
     # A role's token is given by the template, so its weight is 0; a reply's end is predicted.
     assert ours.weights == by_hand.weights
     for mine, theirs in zip(ours.questions, by_hand.questions, strict=True):
-        assert (mine.prompt, mine.answer, mine.layout) == (
+        assert (mine.prompt, mine.answer, mine.shown) == (
             theirs.prompt,
             theirs.answer,
-            theirs.layout,
+            theirs.shown,
         )
+        if not window:
+            assert mine.layout == theirs.layout
         assert [w == 4.0 for w in mine.weights] == [w == 4.0 for w in theirs.weights]
 
 
 @pytest.mark.parametrize("mode", ["joint", "turns"])
+@pytest.mark.parametrize("window", [0, 1, 2])
 def test_a_template_gives_the_tokens_and_spans_that_the_demo_encodes_by_hand(
-    mode: ChatMode,
+    mode: ChatMode, window: int
 ) -> None:
     for conversation in conversations(12, seed=3, max_facts=5, system_share=0.0):
-        same_by_hand(conversation, mode)
+        same_by_hand(conversation, mode, window)
+
+
+def test_a_share_of_the_conversations_is_asked_beside_a_window(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows: list[int] = []
+    encode = TemplateEncoder.history
+
+    def spy(self: TemplateEncoder, one: Any, mode: ChatMode, window: int) -> Any:
+        windows.append(window)
+        return encode(self, one, mode, window)
+
+    monkeypatch.setattr(TemplateEncoder, "history", spy)
+    for share, shown in {0.0: {0}, 0.5: {0, 1, 2, 3}, 1.0: {1, 2, 3}}.items():
+        windows.clear()
+        changes = {"window_share": share, "window_turns": 3, "history": "joint"}
+        TrainingRun(settings_of(data, tmp_path / str(share), **changes), lambda line: None)
+        assert set(windows) == shown
+        if share == 0.5:
+            assert 0.3 < windows.count(0) / len(windows) < 0.7
 
 
 def test_a_long_history_is_cut_between_messages() -> None:

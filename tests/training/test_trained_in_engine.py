@@ -72,6 +72,10 @@ def test_a_written_adapter_reads_out_in_the_engine_what_training_computed(
         memory.load_states({})
         empty = ask_questions(model, memory, batch)
         unmoved = torch.log_softmax(model.get_output_embeddings()(empty), dim=-1)
+        memory.load_states(states)
+        beside = [encoder.history(one, "joint", window=1) for one in conversations]
+        hidden = ask_questions(model, memory, collate(beside, encoder.pad), writes=True)
+        written = torch.log_softmax(model.get_output_embeddings()(hidden), dim=-1)
     arguments: dict[str, Any] = {"max_logprobs": VOCABULARY, "max_model_len": 512}
     with running(
         MemoryLLM(str(model_dir()), str(folder), dtype="float32", enforce_eager=True, **arguments)
@@ -86,19 +90,39 @@ def test_a_written_adapter_reads_out_in_the_engine_what_training_computed(
             [message.as_dict() for message in (*one.system, one.questions[0][0])]
             for one in conversations
         ]
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=VOCABULARY)
         outputs = llm.chat(
             asked,
-            SamplingParams(temperature=0, max_tokens=1, logprobs=VOCABULARY),
+            params,
             memory=[Memory(session=name, mode="read_only") for name in names],
             use_tqdm=False,
         )
-    for row, output in enumerate(outputs):
-        last = len(output.prompt_token_ids) - 1
-        found = torch.tensor(
-            [output.outputs[0].logprobs[0][token].logprob for token in range(VOCABULARY)]
+        # The same questions, beside a window and written: the window is read and not written.
+        windows = [len([*one.turns()][-1]) + 1 for one in conversations]
+        folded = llm.chat(
+            [[*history, ask[-1]] for history, ask in zip(told, asked, strict=True)],
+            params,
+            memory=[
+                Memory(session=name, window={"messages": window})
+                for name, window in zip(names, windows, strict=True)
+            ],
+            use_tqdm=False,
         )
+    for row, (output, beside_window) in enumerate(zip(outputs, folded, strict=True)):
+        last = len(output.prompt_token_ids) - 1
+        found = logprobs_of(output)
         assert (found - expected[row, last]).abs().max() < LOGPROB_TOLERANCE
         assert (found - unmoved[row, last]).abs().max() > 100 * LOGPROB_TOLERANCE
+        assert beside_window.prompt_token_ids == beside[row].questions[0].prompt
+        last = len(beside_window.prompt_token_ids) - 1
+        found = logprobs_of(beside_window)
+        assert (found - written[row, last]).abs().max() < LOGPROB_TOLERANCE
+
+
+def logprobs_of(output: Any) -> torch.Tensor:
+    """Of the whole vocabulary, for the first token of a reply."""
+    first = output.outputs[0].logprobs[0]
+    return torch.tensor([first[token].logprob for token in range(VOCABULARY)])
 
 
 @pytest.mark.parametrize(
