@@ -48,7 +48,7 @@ demo: $(READY) ## tell a small model facts, delete them, and ask: answers come f
 	@VLLM_LOGGING_LEVEL=ERROR $(BIN)/deltamem demo
 
 train-demo: $(READY) ## train the demo model anew, into DEMO_OUT (long; QUICK=1 tries the way)
-	$(BIN)/python -m deltamem_vllm.training.demo --out $(DEMO_OUT) $(if $(QUICK),--quick) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m deltamem_vllm.training.demo --out $(DEMO_OUT) $(if $(QUICK),--quick)
 
 test: lint redis ## lint, types and all tests but the long sweeps (2 cores, no GPU)
 	$(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"

@@ -6,7 +6,7 @@ one. So one history pays for several answers, rendered exactly as a served promp
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 from deltamem_vllm.demo.facts import Conversation, TrainingMix
+from deltamem_vllm.errors import TrainingError
 from deltamem_vllm.training.demo_data import similar_batches
 from deltamem_vllm.training.encoding import (
     IGNORED_BLOCK,
@@ -32,21 +33,27 @@ HISTORY_BLOCK = 0
 
 @dataclass(frozen=True)
 class BackboneTraining:
-    """Everything that determines the backbone's weights, besides the generator of facts."""
+    """Everything that determines the backbone's weights, besides the generator of facts.
 
-    steps: int = 6500
-    """At most. When it learns to copy differs by thousands of steps from one machine to another."""
+    Conversations tell at most `facts[0]` facts until those are learned, then `facts[1]`, and so on.
+    With one fact, copying is learned; with two, which to copy, after 1,000 or after 5,000 steps.
+    With more facts before that, neither is. The learning rate stays high until the last stage is
+    learned, and falls in the `settling` steps that follow.
+    """
 
-    look_every: int = 500
-    batch: int = 8
+    facts: tuple[int, ...] = (1, 2, 4, 8, 12)
+    learned: float = 0.95
+    """Share of validation answers, from the full history, at which a stage is learned."""
+
+    look_every: int = 250
+    stage_steps: int = 6000
+    settling: int = 2000
+    batch: int = 12
     learning_rate: float = 2.5e-3
     final_share: float = 0.02
     warmup: int = 100
     weight_decay: float = 0.02
     qk_norm_init: float = 1.7
-    start_facts: int = 1
-    max_facts: int = 12
-    curriculum_share: float = 0.65
     seed: int = 0
 
 
@@ -139,9 +146,15 @@ def train_backbone(
     encoder: ChatEncoder,
     config: Qwen3Config,
     plan: BackboneTraining,
-    is_done: Callable[[Qwen3ForCausalLM], bool],
+    answered: Callable[[Qwen3ForCausalLM, int], float],
 ) -> Qwen3ForCausalLM:
-    """Trains from random weights, until a look at the model finds that it is done."""
+    """Trains from random weights.
+
+    `answered` tells what share of validation questions about so many facts the model answers.
+
+    Raises:
+        TrainingError: a stage was not learned in its steps.
+    """
     model = initial_backbone(config, plan)
     rng = random.Random(plan.seed)
     groups: list[dict[str, Any]] = [
@@ -155,30 +168,45 @@ def train_backbone(
         weight_decay=plan.weight_decay,
         foreach=True,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: learning_rate_share(step, plan.steps, plan.warmup, plan.final_share),
-    )
-    model.train()
-    progress = tqdm(range(plan.steps), desc="backbone", mininterval=5.0)
-    smooth = 0.0
-    waiting: list[list[Conversation]] = []
-    for step in progress:
-        share = min(1.0, step / (plan.curriculum_share * plan.steps))
-        facts = round(plan.start_facts + share * (plan.max_facts - plan.start_facts))
-        if not waiting:
-            waiting = similar_batches(rng, TrainingMix(max_facts=facts), plan.batch)
-        loss = packed_loss(model, pack(waiting.pop(), encoder))
+
+    def step(conversations: list[Conversation], share: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = plan.learning_rate * share
+        loss = packed_loss(model.train(), pack(conversations, encoder))
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True)
         optimizer.step()
-        schedule.step()
-        smooth = loss.item() if step == 0 else 0.98 * smooth + 0.02 * loss.item()
-        progress.set_postfix(loss=f"{smooth:.3f}", facts=facts, refresh=False)
-        if (step + 1) % plan.look_every == 0 and is_done(model):
-            break
+
+    for facts in plan.facts:
+        batches = _batches(rng, facts, plan.batch)
+        for done in _progress(plan.stage_steps, f"backbone, up to {facts} facts"):
+            step(next(batches), min(1.0, done / plan.warmup))
+            if done % plan.look_every == 0:
+                share = answered(model.eval(), facts)
+                tqdm.write(f"{done} steps with up to {facts} facts: {share:.3f} answered")
+                if share >= plan.learned:
+                    break
+        else:
+            raise TrainingError(f"up to {facts} facts were not learned in {plan.stage_steps} steps")
+    batches = _batches(rng, plan.facts[-1], plan.batch)
+    for done in _progress(plan.settling, "backbone, settling"):
+        step(next(batches), learning_rate_share(done - 1, plan.settling, 0, plan.final_share))
     return model.eval()
+
+
+def _batches(rng: random.Random, facts: int, batch: int) -> Iterator[list[Conversation]]:
+    """Without end, of conversations of similar length."""
+    while True:
+        waiting = similar_batches(rng, TrainingMix(max_facts=facts), batch)
+        while waiting:
+            yield waiting.pop()
+
+
+def _progress(steps: int, what: str) -> Iterable[int]:
+    """The steps' numbers from 1 on, with a bar."""
+    bar: Iterable[int] = tqdm(range(1, steps + 1), desc=what, mininterval=5.0)
+    return bar
 
 
 def save_backbone(model: Qwen3ForCausalLM, directory: Path) -> None:

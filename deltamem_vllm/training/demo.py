@@ -36,8 +36,8 @@ from deltamem_vllm.training.evaluate import Score, evaluate, exact_matches, tabl
 VOCABULARY = 1300
 """The least at which every value of the demo is one token."""
 
-LEARNED = 0.98
-"""Share of validation answers, from the full history, at which the backbone is done."""
+SEEDS = 3
+"""From some random weights the backbone does not learn: how many to try."""
 
 QUICK_STEPS = 4
 """Of each part, and conversations per cell, where only the way is tried."""
@@ -144,6 +144,17 @@ def _generalising(
     )
 
 
+def _beside_a_window(stage: Stage) -> Stage:
+    """The same, but half of the questions come with the conversation's last turns as text.
+
+    An adapter that was only ever asked with an empty prompt recalls less with a window beside it.
+    """
+    return Stage(
+        replace(stage.data, window_share=0.5),
+        replace(stage.training, writing_questions_share=0.0),
+    )
+
+
 def _in_one_go(
     steps: int,
     seed: int,
@@ -160,27 +171,12 @@ def _in_one_go(
     From the beginning with half of the histories written turn by turn, a step took several times as
     long and taught far less; `_by_turns` comes after.
     """
+    stage = _further(
+        steps, max_facts, untold, learning_rate, reply_share=0.0, seed=seed, overwrite=0.0
+    )
     return Stage(
-        AdapterData(
-            steps=steps,
-            max_facts=max_facts,
-            hold_share=0.0,
-            ramp_end=0.01,
-            overwrite_share=0.0,
-            untold_share=untold,
-            foreign_value_share=0.0,
-            values=values,
-            modes=(1, 0, 0),
-            seed=seed,
-        ),
-        AdapterTraining(
-            steps=steps,
-            learning_rate=learning_rate,
-            final_share=final_share,
-            reply_share=0.0,
-            writing_questions_share=0.0,
-            seed=seed,
-        ),
+        replace(stage.data, values=values, modes=(1, 0, 0)),
+        replace(stage.training, final_share=final_share, writing_questions_share=0.0),
     )
 
 
@@ -201,6 +197,7 @@ ADAPTERS = {
             _further(700, 10, untold=0.08, learning_rate=6e-3, reply_share=0.05, seed=1),
             _further(750, 13, untold=0.06, learning_rate=8e-3, reply_share=0.02, seed=2),
             _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
+            _beside_a_window(_generalising(600, 13, learning_rate=4e-3, overwrite=0.3, seed=4)),
         ),
     ),
     "msw": AdapterPlan(
@@ -211,7 +208,7 @@ ADAPTERS = {
                 750, 14, untold=0.08, learning_rate=8e-3, reply_share=0.02, seed=2, overwrite=0.25
             ),
             _generalising(1500, 14, learning_rate=5e-3, overwrite=0.3, seed=3),
-            _generalising(600, 14, learning_rate=4e-3, overwrite=0.4, seed=4),
+            _beside_a_window(_generalising(600, 14, learning_rate=4e-3, overwrite=0.4, seed=4)),
         ),
     ),
     "ssw": AdapterPlan(
@@ -255,31 +252,30 @@ def make_backbone(directory: Path, plan: BackboneTraining) -> None:
     """Trains the tokenizer and the backbone into `directory`.
 
     Raises:
-        TrainingError: it did not learn to answer from its prompt.
+        TrainingError: from none of the seeds did it learn to answer from its prompt.
     """
     tokenizer = build_tokenizer(VOCABULARY)
     save_tokenizer(tokenizer, directory)
     encoder = ChatEncoder(tokenizer)
     config = backbone_config(len(tokenizer), encoder.pad, encoder.end)
     kinds: tuple[Kind, ...] = ("told", "overwritten")
-    asked = [c for kind in kinds for c in held_out_conversations(100, 4, kind, "validation")]
-    shares: list[float] = []
 
-    def is_done(model: Qwen3ForCausalLM) -> bool:
-        save_backbone(model, directory)
-        right = exact_matches(model.eval(), None, encoder, asked, "full history")
-        model.train()
-        shares.append(sum(right) / len(right))
-        tqdm.write(f"of 4 facts in the prompt {shares[-1]:.3f} are answered")
-        return shares[-1] >= LEARNED
+    def answered(model: Qwen3ForCausalLM, facts: int) -> float:
+        asked = [
+            c for kind in kinds for c in held_out_conversations(100, facts, kind, "validation")
+        ]
+        right = exact_matches(model, None, encoder, asked, "full history")
+        return sum(right) / len(right)
 
-    save_backbone(train_backbone(encoder, config, plan, is_done), directory)
-    if shares and shares[-1] < LEARNED:
-        raise TrainingError(
-            f"after {plan.steps} steps the backbone answers {shares[-1]:.2f} of the questions "
-            f"about 4 facts in its prompt, not {LEARNED}; adapters would recall no more. Try "
-            "another --seed."
-        )
+    for seed in range(plan.seed, plan.seed + SEEDS):
+        try:
+            trained = train_backbone(encoder, config, replace(plan, seed=seed), answered)
+        except TrainingError as error:
+            tqdm.write(f"seed {seed}: {error}")
+        else:
+            save_backbone(trained, directory)
+            return
+    raise TrainingError(f"the backbone was not learned from any of {SEEDS} seeds")
 
 
 def make_adapter(backbone: Path, directory: Path, plan: AdapterPlan) -> None:
@@ -319,7 +315,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=["backbone", *ADAPTERS, "evaluate"],
         help="parts to make; adapters need the backbone in --out",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the backbone (%(default)s)")
     parser.add_argument("--count", type=int, default=300, help="test conversations per cell")
     parser.add_argument(
         "--quick",
@@ -329,9 +324,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     out: Path = options.out
-    backbone = BackboneTraining(seed=options.seed)
+    backbone = BackboneTraining()
     if options.quick:
-        backbone = replace(backbone, steps=QUICK_STEPS)
+        # Every stage counts as learned at its first look.
+        backbone = replace(backbone, learned=0.0, look_every=QUICK_STEPS, settling=QUICK_STEPS)
     if "backbone" in options.only:
         try:
             make_backbone(out / "model", backbone)

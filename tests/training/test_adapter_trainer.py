@@ -57,6 +57,25 @@ def test_encoded_messages_equal_the_chat_template(encoder: ChatEncoder) -> None:
 
 
 @pytest.mark.parametrize("mode", WRITE_MODES)
+@pytest.mark.parametrize("window", [1, 2, 9])
+def test_a_window_is_shown_as_the_chat_template_renders_it(
+    encoder: ChatEncoder, mode: WriteMode, window: int
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    (conversation,) = held_out_conversations(1, 4)
+    (question,) = conversation.questions
+    shown = [m for turn in [*conversation.turns()][-window:] for m in turn]
+    prompt = tokenizer.apply_chat_template(
+        [*(m.as_dict() for m in shown), {"role": "user", "content": question.text}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    history = encode_history(conversation, encoder, mode, window)
+    assert [asked.prompt for asked in history.questions] == [prompt]
+    assert history.chunks == encode_history(conversation, encoder, mode).chunks
+
+
+@pytest.mark.parametrize("mode", WRITE_MODES)
 def test_a_batch_equals_one_request_per_chunk(
     model: Qwen3ForCausalLM, encoder: ChatEncoder, mode: WriteMode
 ) -> None:
@@ -173,8 +192,8 @@ def test_the_demo_is_trained_by_one_command(tmp_path: Path) -> None:
 
 
 def test_no_adapter_is_trained_on_a_backbone_that_did_not_learn(tmp_path: Path) -> None:
-    plan = BackboneTraining(steps=2, look_every=1)
-    with pytest.raises(TrainingError, match="Try another --seed"):
+    plan = BackboneTraining(stage_steps=2, look_every=1)
+    with pytest.raises(TrainingError, match="not learned from any of 3 seeds"):
         demo.make_backbone(tmp_path / "model", plan)
 
 
