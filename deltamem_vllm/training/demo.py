@@ -198,6 +198,18 @@ ADAPTERS = {
             _further(750, 13, untold=0.06, learning_rate=8e-3, reply_share=0.02, seed=2),
             _generalising(1500, 13, learning_rate=5e-3, overwrite=0.25, seed=3),
             _beside_a_window(_generalising(600, 13, learning_rate=4e-3, overwrite=0.3, seed=4)),
+            _further(
+                1500,
+                6,
+                untold=0.08,
+                learning_rate=1e-2,
+                reply_share=0.02,
+                seed=5,
+                overwrite=0.25,
+                foreign=0.1,
+            ),
+            _beside_a_window(_generalising(1000, 8, learning_rate=8e-3, overwrite=0.3, seed=6)),
+            _beside_a_window(_generalising(1000, 8, learning_rate=8e-3, overwrite=0.5, seed=7)),
         ),
     ),
     "msw": AdapterPlan(
