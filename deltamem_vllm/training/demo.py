@@ -1,7 +1,7 @@
 """Makes a demo model as the shipped one: `python -m deltamem_vllm.training.demo --out DIR`.
 
 Trains the backbone, then one adapter of each kind on it, then evaluates on the test split. Other
-CPUs and library versions round differently, so a new run gives a model as good, not the same bits.
+CPUs and library versions round differently, so another machine makes other weights.
 """
 
 import argparse
