@@ -29,7 +29,7 @@ WEAKNESSES: Final = (
 """The demo's last line."""
 
 SHOWN: Final[tuple[DemoAdapter, ...]] = ("tsw", "msw")
-"""Adapters that the demo asks. SSW's is a first try: `benchmarks/recall.py` tells what it knows."""
+"""Adapters that the demo asks. `benchmarks/recall.py` asks SSW's as well, which holds less."""
 
 FULL, NOTHING, OTHER = "full history", "nothing", "another's memory"
 
