@@ -6,7 +6,7 @@ one. So one history pays for several answers, rendered exactly as a served promp
 """
 
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +37,8 @@ class BackboneTraining:
 
     Conversations tell at most `facts[0]` facts until those are learned, then `facts[1]`, and so on.
     With one fact, copying is learned; with two, which to copy, after 1,000 or after 5,000 steps.
-    With more facts before that, neither is. The learning rate stays high until the last stage is
-    learned, and falls in the `settling` steps that follow.
+    With more facts before that, neither is. The learning rate is at its peak, after a warmup in
+    each stage, until the last stage is learned, and falls in the `settling` steps that follow.
     """
 
     facts: tuple[int, ...] = (1, 2, 4, 8, 12)
@@ -180,7 +180,8 @@ def train_backbone(
 
     for facts in plan.facts:
         batches = _batches(rng, facts, plan.batch)
-        for done in _progress(plan.stage_steps, f"backbone, up to {facts} facts"):
+        what = f"backbone, up to {facts} facts"
+        for done in tqdm(range(1, plan.stage_steps + 1), desc=what, mininterval=5.0):
             step(next(batches), min(1.0, done / plan.warmup))
             if done % plan.look_every == 0:
                 share = answered(model.eval(), facts)
@@ -190,7 +191,7 @@ def train_backbone(
         else:
             raise TrainingError(f"up to {facts} facts were not learned in {plan.stage_steps} steps")
     batches = _batches(rng, plan.facts[-1], plan.batch)
-    for done in _progress(plan.settling, "backbone, settling"):
+    for done in tqdm(range(1, plan.settling + 1), desc="backbone, settling", mininterval=5.0):
         step(next(batches), learning_rate_share(done - 1, plan.settling, 0, plan.final_share))
     return model.eval()
 
@@ -201,12 +202,6 @@ def _batches(rng: random.Random, facts: int, batch: int) -> Iterator[list[Conver
         waiting = similar_batches(rng, TrainingMix(max_facts=facts), batch)
         while waiting:
             yield waiting.pop()
-
-
-def _progress(steps: int, what: str) -> Iterable[int]:
-    """The steps' numbers from 1 on, with a bar."""
-    bar: Iterable[int] = tqdm(range(1, steps + 1), desc=what, mininterval=5.0)
-    return bar
 
 
 def save_backbone(model: Qwen3ForCausalLM, directory: Path) -> None:

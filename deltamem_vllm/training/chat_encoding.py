@@ -160,9 +160,21 @@ class TemplateEncoder:
             add_generation_prompt=False,
             max_tokens=10**9,
         )
-        if found is None:
-            raise TrainingDataError("no message of it has anything to write")
-        return list(found)
+        return _some(found)
+
+    def _question_spans(
+        self, messages: Messages, prompt: Sequence[int], boundary: int
+    ) -> list[tuple[int, int]]:
+        """Those of the last message, the one that is written."""
+        assert self._finder is not None
+        found = self._finder.find(
+            self._render_dicts,
+            [message.as_dict() for message in messages],
+            prompt,
+            start=boundary,
+            first=len(messages) - 1,
+        )
+        return _some(found)
 
     def _cuts(self, rendered: _Rendered, start: int) -> list[tuple[int, int]]:
         """The rendered tokens from `start` on in segments; never within a span."""
@@ -207,8 +219,7 @@ class TemplateEncoder:
         layout = None
         if self._finder is not None:
             layout = SpanLayout()
-            spans = [span for span in self._spans([*shown, asked]) if span[0] >= boundary]
-            layout.together(len(prompt), spans)
+            layout.together(len(prompt), self._question_spans([*shown, asked], prompt, boundary))
             layout.one_by_one(end - len(prompt))
         return EncodedAnswer(prompt, tokens[len(prompt) : end], weights, layout, boundary)
 
@@ -239,3 +250,9 @@ class TemplateEncoder:
 
     def _text_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+
+
+def _some(spans: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
+    if spans is None:
+        raise TrainingDataError("no message of it has anything to write")
+    return list(spans)

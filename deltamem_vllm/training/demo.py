@@ -145,7 +145,8 @@ def _generalising(
 
 
 def _beside_a_window(stage: Stage) -> Stage:
-    """The same, but half of the questions come with the conversation's last turns as text.
+    """The same, but half of the questions come with the conversation's last turns as text, and
+    none writes.
 
     An adapter that was only ever asked with an empty prompt recalls less with a window beside it.
     """

@@ -24,7 +24,7 @@ class AdapterData:
     One fact for the first `hold_share` of the steps, then a ramp that ends at `ramp_end`. `values`
     is how many values a family has (None: all), `modes` how often each of `WRITE_MODES` writes.
     Questions of `window_share` of the histories come with the last one or two turns in their
-    prompt, as folding shows them.
+    prompt.
     """
 
     steps: int
@@ -87,7 +87,8 @@ def encode_history(
     if shown:
         asked = map(encoder.question, conversation.questions)
         questions = [
-            replace(each, prompt=[*shown, *each.prompt], shown=len(shown)) for each in asked
+            _written(replace(q, prompt=[*shown, *q.prompt], shown=len(shown)), pending=0)
+            for q in asked
         ]
     return EncodedHistory(chunks, weights, questions, layout)
 
@@ -124,7 +125,7 @@ def _written(question: EncodedAnswer, pending: int) -> EncodedAnswer:
     layout = SpanLayout()
     layout.one_by_one(pending)
     length = len(question.prompt) - pending
-    layout.together(length, [(0, length - 1)])
+    layout.together(length, [(question.shown, length - 1)])
     layout.one_by_one(len(question.answer))
     return replace(question, layout=layout)
 

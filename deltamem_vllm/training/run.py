@@ -108,7 +108,10 @@ class TrainingRun:
             settings.segment_tokens,
             settings.value_weight,
         )
-        self._data = Split(self._encoded(training), self._encoded(held_out))
+        # Held-out answers count as recalled: none may stand in the text.
+        self._data = Split(
+            self._encoded(training, settings.window_share), self._encoded(held_out, 0.0)
+        )
         say(f"{len(training):,} conversations to learn from, {len(held_out):,} held out")
         if learned := also_learned(training, held_out):
             say(
@@ -269,13 +272,15 @@ class TrainingRun:
             "held-out questions": questions(self._data.held_out),
         }
 
-    def _encoded(self, conversations: Sequence[MarkedConversation]) -> list[Encoded]:
+    def _encoded(
+        self, conversations: Sequence[MarkedConversation], window_share: float
+    ) -> list[Encoded]:
         asked = self._settings.history
         modes: tuple[ChatMode, ...] = ("joint", "turns") if asked == "mixed" else (asked,)
         chance = random.Random(f"{self._settings.seed}/windows")
         found = []
         for one in tqdm(conversations, desc="encoding", unit="conversation", leave=False):
-            beside = chance.random() < self._settings.window_share
+            beside = chance.random() < window_share
             window = chance.randint(1, self._settings.window_turns) if beside else 0
             found.append({mode: self._encoder.history(one, mode, window) for mode in modes})
         return found

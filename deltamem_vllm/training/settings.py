@@ -107,10 +107,11 @@ class TrainSettings(BaseModel):
     """Share of steps whose questions write while they ask, as an ordinary turn does."""
 
     window_share: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of conversations whose last turns stand as text in front of their questions."""
+    """Share of conversations to learn from whose last turns stand as text in front of their
+    questions. Held-out ones are asked without."""
 
     window_turns: int = Field(default=2, ge=1)
-    """The most turns that do; each number of them is as likely."""
+    """The most turns that do; each number is as likely, and all are shown where there are fewer."""
 
     steps: int = Field(default=1000, ge=1)
     """Optimizer steps, at most."""

@@ -25,7 +25,7 @@ from deltamem_vllm.training.conversations import parse, read_conversations
 from deltamem_vllm.training.demo_data import encode_history
 from deltamem_vllm.training.encoding import ChatEncoder
 from deltamem_vllm.training.loading import load_backbone
-from deltamem_vllm.training.run import Outcome, TrainingRun
+from deltamem_vllm.training.run import Outcome, TrainingRun, split
 from deltamem_vllm.training.settings import Strategy, TrainSettings, layer_list
 from tests.training.marked import conversations, marked, write_lines
 
@@ -375,8 +375,7 @@ def same_by_hand(conversation: Conversation, mode: ChatMode, window: int) -> Non
             theirs.answer,
             theirs.shown,
         )
-        if not window:
-            assert mine.layout == theirs.layout
+        assert mine.layout == theirs.layout
         assert [w == 4.0 for w in mine.weights] == [w == 4.0 for w in theirs.weights]
 
 
@@ -392,21 +391,51 @@ def test_a_template_gives_the_tokens_and_spans_that_the_demo_encodes_by_hand(
 def test_a_share_of_the_conversations_is_asked_beside_a_window(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    windows: list[int] = []
+    windows: dict[str, int] = {}
     encode = TemplateEncoder.history
 
     def spy(self: TemplateEncoder, one: Any, mode: ChatMode, window: int) -> Any:
-        windows.append(window)
+        windows[one.where] = window
         return encode(self, one, mode, window)
 
     monkeypatch.setattr(TemplateEncoder, "history", spy)
     for share, shown in {0.0: {0}, 0.5: {0, 1, 2, 3}, 1.0: {1, 2, 3}}.items():
-        windows.clear()
         changes = {"window_share": share, "window_turns": 3, "history": "joint"}
-        TrainingRun(settings_of(data, tmp_path / str(share), **changes), lambda line: None)
-        assert set(windows) == shown
+        settings = settings_of(data, tmp_path / str(share), **changes)
+        TrainingRun(settings, lambda line: None)
+        training, held_out = split(settings)
+        asked = [windows[one.where] for one in training]
+        assert set(asked) == shown
         if share == 0.5:
-            assert 0.3 < windows.count(0) / len(windows) < 0.7
+            assert 0.3 < asked.count(0) / len(asked) < 0.7
+        assert {windows[one.where] for one in held_out} == {0}
+
+
+@pytest.mark.parametrize("system_share", [0.0, 1.0])
+@pytest.mark.parametrize("window", [0, 1, 9])
+def test_a_question_is_written_where_the_template_renders_the_last_reply_in_another_way(
+    window: int, system_share: float
+) -> None:
+    """As Qwen3's does with thoughts: a window's reply is longer while nothing follows it."""
+    (conversation,) = conversations(1, seed=7, max_facts=4, system_share=system_share)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir())
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "message.content",
+        "('Noted. ' if loop.last and message.role == 'assistant' else '') + message.content",
+    )
+    encoder = TemplateEncoder(tokenizer, "message_mean", 2048, value_weight=4.0)
+    one = parse(json.dumps(marked(conversation)).encode(), "here")
+    for question, (asked, _) in zip(
+        encoder.history(one, "turns", window).questions, one.questions, strict=True
+    ):
+        assert question.layout is not None
+        written = [
+            token
+            for token, span in zip(question.prompt, question.layout.spans, strict=False)
+            if span >= 0
+        ]
+        assert asked.content in tokenizer.decode(written)
+        assert all(span < 0 for span in question.layout.spans[: question.shown])
 
 
 def test_a_long_history_is_cut_between_messages() -> None:

@@ -74,8 +74,14 @@ def test_a_written_adapter_reads_out_in_the_engine_what_training_computed(
         unmoved = torch.log_softmax(model.get_output_embeddings()(empty), dim=-1)
         memory.load_states(states)
         beside = [encoder.history(one, "joint", window=1) for one in conversations]
-        hidden = ask_questions(model, memory, collate(beside, encoder.pad), writes=True)
+        asked_beside = collate(beside, encoder.pad)
+        hidden = ask_questions(model, memory, asked_beside, writes=True)
         written = torch.log_softmax(model.get_output_embeddings()(hidden), dim=-1)
+        every = torch.ones_like(asked_beside.question_written)
+        hidden = ask_questions(
+            model, memory, asked_beside._replace(question_written=every), writes=True
+        )
+        all_written = torch.log_softmax(model.get_output_embeddings()(hidden), dim=-1)
     arguments: dict[str, Any] = {"max_logprobs": VOCABULARY, "max_model_len": 512}
     with running(
         MemoryLLM(str(model_dir()), str(folder), dtype="float32", enforce_eager=True, **arguments)
@@ -117,6 +123,8 @@ def test_a_written_adapter_reads_out_in_the_engine_what_training_computed(
         last = len(beside_window.prompt_token_ids) - 1
         found = logprobs_of(beside_window)
         assert (found - written[row, last]).abs().max() < LOGPROB_TOLERANCE
+        if strategy != "ssw":  # whose layout says what is written
+            assert (found - all_written[row, last]).abs().max() > 10 * LOGPROB_TOLERANCE
 
 
 def logprobs_of(output: Any) -> torch.Tensor:
