@@ -36,9 +36,10 @@ class BackboneTraining:
     """Everything that determines the backbone's weights, besides the generator of facts.
 
     Conversations tell at most `facts[0]` facts until those are learned, then `facts[1]`, and so on.
-    With one fact, copying is learned; with two, which to copy, after 1,000 or after 5,000 steps.
-    With more facts before that, neither is. The learning rate is at its peak, after a warmup in
-    each stage, until the last stage is learned, and falls in the `settling` steps that follow.
+    With one fact, copying is learned; with two, which to copy, after thousands of steps or, from
+    some seeds, never. With more facts before that, neither is. The learning rate is at its
+    peak, after a warmup in each stage, until the last one is learned, and falls in the `settling`
+    steps that follow.
     """
 
     facts: tuple[int, ...] = (1, 2, 4, 8, 12)
