@@ -36,11 +36,11 @@ def run_program(document: str, folder: Path) -> str:
 
 def test_the_program_of_the_readme(tmp_path: Path) -> None:
     printed = run_program("README.md", tmp_path)
-    assert "Your match is on Tuesday.\nMemorySnapshot(version=1, tokens_written=19," in printed
+    assert "Your match is on Tuesday.\nMemorySnapshot(version=1, tokens_written=20," in printed
 
 
 def test_the_programs_of_the_offline_document(tmp_path: Path) -> None:
     for _ in range(2):  # again beside what the first run left
         printed = run_program("docs/offline.md", tmp_path)
-        assert "1 False\n1 True\nYour match is on Tuesday. 20\nMemorySnapshot(version=3," in printed
+        assert "1 False\n1 True\nYour match is on Tuesday. 21\nMemorySnapshot(version=3," in printed
         assert "9 True\n" in printed
