@@ -131,9 +131,10 @@ class TemplateEncoder:
                 end = common_prefix(after, tokens)
                 if common_prefix(before, tokens) == len(before) and end > len(before):
                     weights[len(before) : end] = [1.0] * (end - len(before))
-        system = next((at for at, one in enumerate(messages) if one.role != "system"), 0)
+        system = num_standing([message.as_dict() for message in messages])
         silent = self._boundary(messages, system, tokens, add_generation_prompt=False)
-        return _Rendered(tokens, weights, self._spans(messages), silent)
+        spans = self._spans(messages, tokens, silent, system, add_generation_prompt=False)
+        return _Rendered(tokens, weights, spans, silent)
 
     def _boundary(
         self, messages: Messages, count: int, tokens: Sequence[int], add_generation_prompt: bool
@@ -150,31 +151,28 @@ class TemplateEncoder:
             prompt=tokens,
         )
 
-    def _spans(self, messages: Messages) -> list[tuple[int, int]]:
+    def _spans(
+        self,
+        messages: Messages,
+        tokens: Sequence[int],
+        start: int,
+        first: int,
+        add_generation_prompt: bool,
+    ) -> list[tuple[int, int]]:
+        """What is written of the messages from `first` on, which begin at token `start`."""
         if self._finder is None:
             return []
-        found = self._finder.find_all(
-            self._render_dicts,
-            None,
-            [message.as_dict() for message in messages],
-            add_generation_prompt=False,
-            max_tokens=10**9,
-        )
-        return _some(found)
-
-    def _question_spans(
-        self, messages: Messages, prompt: Sequence[int], boundary: int
-    ) -> list[tuple[int, int]]:
-        """Those of the last message, the one that is written."""
-        assert self._finder is not None
         found = self._finder.find(
             self._render_dicts,
             [message.as_dict() for message in messages],
-            prompt,
-            start=boundary,
-            first=len(messages) - 1,
+            tokens,
+            start=start,
+            first=first,
+            add_generation_prompt=add_generation_prompt,
         )
-        return _some(found)
+        if found is None:
+            raise TrainingDataError("no message of it has anything to write")
+        return list(found)
 
     def _cuts(self, rendered: _Rendered, start: int) -> list[tuple[int, int]]:
         """The rendered tokens from `start` on in segments; never within a span."""
@@ -218,8 +216,11 @@ class TemplateEncoder:
                     weights[index] = self._value_weight
         layout = None
         if self._finder is not None:
+            spans = self._spans(
+                [*shown, asked], prompt, boundary, len(shown), add_generation_prompt=True
+            )
             layout = SpanLayout()
-            layout.together(len(prompt), self._question_spans([*shown, asked], prompt, boundary))
+            layout.together(len(prompt), spans)
             layout.one_by_one(end - len(prompt))
         return EncodedAnswer(prompt, tokens[len(prompt) : end], weights, layout, boundary)
 
@@ -250,9 +251,3 @@ class TemplateEncoder:
 
     def _text_tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
-
-
-def _some(spans: Sequence[tuple[int, int]] | None) -> list[tuple[int, int]]:
-    if spans is None:
-        raise TrainingDataError("no message of it has anything to write")
-    return list(spans)

@@ -67,7 +67,7 @@ def encode_history(
         chunks.append([token for m in turn for token in encoder.message(m)])
         weights.append([w for m in turn for w in encoder.reply_weights(m)])
     shown = list(chain(*chunks[max(0, len(chunks) - window) :]))
-    questions = [_written(encoder.question(q), pending=0) for q in conversation.questions]
+    ended: list[int] = []
     layout = SpanLayout()
     if mode == "joint" and chunks:
         chunks, weights = [list(chain(*chunks))], [list(chain(*weights))]
@@ -80,16 +80,10 @@ def encode_history(
         weights = [[*([0.0] if i else []), *w[:-1]] for i, w in enumerate(weights)]
         for index, turn in enumerate(turns):
             _live_turn(layout, turn, encoder, pending=min(index, 1))
-        questions = [
-            _written(EncodedAnswer([encoder.end, *q.prompt], q.answer, q.weights), pending=1)
-            for q in questions
-        ]
-    if shown:
-        asked = map(encoder.question, conversation.questions)
-        questions = [
-            _written(replace(q, prompt=[*shown, *q.prompt], shown=len(shown)), pending=0)
-            for q in asked
-        ]
+        ended = [encoder.end]
+    questions = [
+        _asked(encoder.question(q), shown, [] if shown else ended) for q in conversation.questions
+    ]
     return EncodedHistory(chunks, weights, questions, layout)
 
 
@@ -120,14 +114,16 @@ def _live_turn(
         layout.spans.pop()
 
 
-def _written(question: EncodedAnswer, pending: int) -> EncodedAnswer:
-    """The question with how it is written where it writes: its message, then its reply."""
+def _asked(question: EncodedAnswer, shown: Sequence[int], pending: Sequence[int]) -> EncodedAnswer:
+    """The question behind a window or a token yet to be written, and how it is written where it
+    writes: its message, then its reply."""
     layout = SpanLayout()
-    layout.one_by_one(pending)
-    length = len(question.prompt) - pending
-    layout.together(length, [(question.shown, length - 1)])
+    layout.one_by_one(len(pending))
+    length = len(shown) + len(question.prompt)
+    layout.together(length, [(len(shown), length - 1)])
     layout.one_by_one(len(question.answer))
-    return replace(question, layout=layout)
+    prompt = [*pending, *shown, *question.prompt]
+    return replace(question, prompt=prompt, shown=len(shown), layout=layout)
 
 
 def encode_batch(
